@@ -1,0 +1,60 @@
+"""The recurrence of RAD-RWKV6 (docs/mixers.md 6.6, 6.7): S_t = S_{t-1} diag(w_t) + v_t k_t^T, p_t = scale S_t q_t.
+
+Layout (B, T, H, N); the decay comes as its logarithm; the state is float32 (B, H, N value, N key).
+"""
+
+import mlx.core as mx
+
+from radlads.backends.mlx.kernels import causal, chunk_size, floored, from_middle, join_chunks, split_chunks, zero_state
+
+
+def wkv6(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    log_w: mx.array,
+    state: mx.array | None = None,
+    *,
+    scale: float,
+    min_log_w: float | None = None,
+) -> tuple[mx.array, mx.array]:
+    """p (B, T, H, N) in q's type and the last state, for q, k, v, log_w (B, T, H, N); None starts from zeros.
+
+    `min_log_w` promises that no log_w is lower, which allows longer chunks; without it log_w below -20 counts as -20.
+    """
+    state = zero_state(q) if state is None else state.astype(mx.float32)
+    if q.shape[1] == 1:
+        return wkv6_step(q, k, v, log_w, state, scale=scale)
+    return wkv6_chunked(q, k, v, floored(log_w, min_log_w), state, scale=scale, size=chunk_size(q.shape[1], min_log_w))
+
+
+def wkv6_step(
+    q: mx.array, k: mx.array, v: mx.array, log_w: mx.array, state: mx.array, *, scale: float
+) -> tuple[mx.array, mx.array]:
+    """One token: inputs (B, 1, H, N)."""
+    qf, kf, vf, lw = (x[:, 0].astype(mx.float32) for x in (q, k, v, log_w))  # (B, H, N)
+    state = state * mx.exp(lw)[:, :, None] + vf[..., None] * kf[:, :, None]
+    p = scale * (state @ qf[..., None])[..., 0]
+    return p[:, None].astype(q.dtype), state
+
+
+def wkv6_chunked(
+    q: mx.array, k: mx.array, v: mx.array, log_w: mx.array, state: mx.array, *, scale: float, size: int
+) -> tuple[mx.array, mx.array]:
+    """All chunks of `size` tokens at once; only the state goes from chunk to chunk."""
+    length, dtype = q.shape[1], q.dtype
+    q, k, v, log_w = (split_chunks(x, size) for x in (q, k, v, log_w))
+    q = scale * q
+    middle = from_middle(log_w, inclusive=True)
+    pairs = (q * mx.exp(middle)) @ (k * mx.exp(-middle)).swapaxes(-1, -2)
+    inside = mx.where(causal(size, diagonal=True), pairs, 0.0) @ v
+    to_end = mx.exp(mx.cumsum(log_w, axis=-2, reverse=True, inclusive=False))
+    added = v.swapaxes(-1, -2) @ (k * to_end)  # (B, H, chunks, N value, N key)
+    from_start = mx.cumsum(log_w, axis=-2)
+    kept = mx.exp(from_start[..., -1:, :])  # (B, H, chunks, 1, N key)
+    starts = []
+    for keep, add in zip(mx.split(kept, kept.shape[2], axis=2), mx.split(added, added.shape[2], axis=2), strict=True):
+        starts.append(state)
+        state = state * keep[:, :, 0] + add[:, :, 0]
+    before = (q * mx.exp(from_start)) @ mx.stack(starts, axis=2).swapaxes(-1, -2)
+    return join_chunks(inside + before, length, dtype), state

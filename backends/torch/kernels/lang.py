@@ -1,0 +1,25 @@
+"""Triton, or a stand-in whose decorators work and whose kernels refuse to launch.
+
+The only guarded import of the package: kernel modules import `triton`, `tl` and `HAS_TRITON` from here.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+    HAS_TRITON = True
+except ImportError:
+    from types import SimpleNamespace
+
+    class RefusedKernel:
+        def __init__(self, fn: object) -> None:
+            self.fn = fn
+
+        def __getitem__(self, grid: object) -> None:
+            raise RuntimeError("this kernel needs triton: pip install triton, or use the plain form")
+
+    def decorate_only(fn: object = None, **_: object) -> object:
+        return RefusedKernel(fn) if fn is not None else RefusedKernel
+
+    triton = SimpleNamespace(jit=decorate_only, autotune=decorate_only, heuristics=decorate_only)
+    tl = SimpleNamespace(constexpr=object())
+    HAS_TRITON = False

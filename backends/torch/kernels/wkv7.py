@@ -1,0 +1,207 @@
+"""The RWKV-7 recurrence (generalised delta rule): public op, custom-op registrations and kernel launches.
+
+Kernels are in wkv7_triton, the form for every other device, dtype and head size in wkv7_plain.
+"""
+import torch
+from torch import Tensor
+
+from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
+from radlads.backends.torch.kernels.lang import HAS_TRITON, triton
+from radlads.backends.torch.kernels.wkv7_plain import wkv7_plain
+from radlads.backends.torch.kernels.wkv7_triton import (
+    wkv7_grad_kernel,
+    wkv7_reverse_kernel,
+    wkv7_scan_kernel,
+    wkv7_solve_kernel,
+)
+
+WKV7_HEAD_SIZES = (32, 64, 96, 128)
+
+# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128, measured on an H100.
+WKV7_LAUNCH = {
+    "solve": ((4, 1), (4, 1)),
+    "scan": ((4, 1), (4, 1)),
+    "reverse": ((4, 1), (4, 1)),
+    "grad": ((4, 1), (8, 1)),
+}
+
+
+def wkv7(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None, *,
+         scale: float = 1.0, min_log_w: float | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """S_t = S_{t-1} (diag(exp(log_w_t)) + a_t b_t^T) + v_t k_t^T ;  out_t = scale * S_t r_t.
+
+    r, k, a, b: (B, T, H, N) float32 or bfloat16. log_w: (B, T, H, N) <= 0, float32 or bfloat16. v: (B, T, Hv, N) with
+    H % Hv == 0; value head j serves heads j*g ... j*g+g-1. state: float32 (B, H, N, N), rows are value channels.
+    cu_seqlens: (n+1) offsets of n sequences packed along T with B == 1; the state then has n rows. min_log_w: a bound the
+    caller guarantees, which allows a faster path; None is exact for any decay.
+    Returns out (B, T, H, N) in v's dtype and the final state. Raises ValueError for shapes that do not fit.
+    """
+    wkv7_check(r, log_w, k, v, a, b, state, cu_seqlens)
+    if not wkv7_has_kernel(r):
+        return wkv7_plain(r, log_w, k, v, a, b, state, scale=scale, min_log_w=min_log_w, cu_seqlens=cu_seqlens)
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+    gate = log_w if log_w.dtype == torch.bfloat16 else log_w.float()
+    inputs = [x.to(dtype).contiguous() for x in (r, k, v, a, b)]
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (r, log_w, k, v, a, b, state))
+    out, final, *_ = wkv7_forward_op(
+        inputs[0], gate.contiguous(), *inputs[1:], None if state is None else state.float().contiguous(),
+        cu_seqlens, scale, min_log_w, save)
+    return out.to(v.dtype), final
+
+
+def wkv7_check(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+               cu_seqlens: Tensor | None) -> None:
+    B, T, H, N = r.shape
+    if any(x.shape != r.shape for x in (log_w, k, a, b)):
+        raise ValueError(f"r, log_w, k, a and b must have one shape, got r {tuple(r.shape)} and "
+                         f"{[tuple(x.shape) for x in (log_w, k, a, b)]}")
+    if v.shape[:2] != (B, T) or v.shape[3] != N or H % v.shape[2]:
+        raise ValueError(f"v must be (B, T, Hv, N) with H % Hv == 0, got {tuple(v.shape)} beside r {tuple(r.shape)}")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"packed sequences need a batch of 1, got {B}")
+    rows = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    if state is not None and state.shape != (rows, H, N, N):
+        raise ValueError(f"state must be {(rows, H, N, N)}, got {tuple(state.shape)}")
+
+
+def wkv7_has_kernel(r: Tensor) -> bool:
+    return HAS_TRITON and r.is_cuda and r.shape[3] in WKV7_HEAD_SIZES and r.shape[1] > 0 and r.dtype != torch.float64
+
+
+def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float | None) -> dict[str, object]:
+    """Sizes, tables and compile-time constants that all four kernels of one call share."""
+    B, T, _, N = v.shape
+    precision = chunk_precision(v.dtype, v.device)
+    # float32 tiles of 64 tokens do not fit in shared memory.
+    C = 64 if v.dtype == torch.bfloat16 else 32
+    diag, clamp = decay_block(C, min_log_w)
+    NT = triton.cdiv(T, C)
+    chunk_seq, chunk_start = chunk_tables(cu_seqlens, C, T) if cu_seqlens is not None else (None, None)
+    wide = int(N > 64)
+    return {
+        "seqs": B if cu_seqlens is None else cu_seqlens.numel() - 1,
+        "chunks": B * NT if chunk_seq is None else chunk_seq.numel(),
+        "store": torch.bfloat16 if precision["PREC"] == "tf32" else torch.float32,
+        "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C,
+        "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag),
+                  "SOLVE_PREC": precision["PREC"]},
+        "inline": diag == C,
+        "common": {"N": N, "BN": triton.next_power_of_2(N), "C": C, "CLAMP": clamp,
+                   "VARLEN": cu_seqlens is not None, **precision},
+        "tile": wkv7_value_tile(B * heads, N),
+        "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV7_LAUNCH.items()},
+    }
+
+
+def wkv7_value_tile(scans: int, N: int) -> int:
+    """Value channels per scan: fewer where there are too few heads to fill the card."""
+    tile = min(64, triton.next_power_of_2(N))
+    while tile > 32 and scans * triton.cdiv(N, tile) < 256:
+        tile //= 2
+    return tile
+
+
+@torch.library.custom_op("radlads::wkv7_forward", mutates_args=())
+def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+                    cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state, u, checkpoints, solve, A_rb); the last four are what the backward needs, else empty."""
+    B, T, H, N = r.shape
+    plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
+    C, chunks, inline = plan["C"], plan["chunks"], plan["inline"]
+    cu, chunk_seq, chunk_start = plan["tables"]
+    out = torch.empty_like(r)
+    final = r.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
+    pair = (chunks, H, C, C)
+    solve = r.new_empty(pair, dtype=plan["store"])
+    a_ak, a_rb, a_rk = (solve.new_empty(0 if inline else pair) for _ in range(3))
+    u = torch.empty_like(r if save else r[:0], dtype=plan["store"])
+    checkpoint = solve.new_empty((chunks, H, N, N) if save else 0)
+    sizes = (plan["T"], plan["NT"], H)
+    wkv7_solve_kernel[(H, chunks)](
+        r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu, chunk_seq, chunk_start, *sizes, scale,
+        **plan["common"], **plan["pairs"], INLINE=inline, **plan["launch"]["solve"])
+    BV = plan["tile"]
+    wkv7_scan_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+        r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state, out, u, checkpoint, final, cu, chunk_start,
+        *sizes, v.shape[2], scale, **plan["common"], BV=BV, INLINE=inline, HAS_STATE=state is not None, SAVE=save,
+        **plan["launch"]["scan"])
+    if not save:
+        solve, a_rb = solve.new_empty(0), solve.new_empty(0)
+    return out, final, u, checkpoint, solve, a_rb
+
+
+@wkv7_forward_op.register_fake
+def wkv7_forward_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+                      cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, H, N = r.shape
+    C = 64 if v.dtype == torch.bfloat16 else 32
+    inline = decay_block(C, min_log_w)[0] == C
+    seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + seqs
+    pair = (chunks, H, C, C)
+    return (torch.empty_like(r), r.new_empty((seqs, H, N, N), dtype=torch.float32),
+            torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0),
+            r.new_empty(pair if save else 0), r.new_empty(pair if save and not inline else 0))
+
+
+@torch.library.custom_op("radlads::wkv7_backward", mutates_args=())
+def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
+                     b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
+                     scale: float, min_log_w: float | None, need_state: bool
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of r, log_w, k, v, a, b and the initial state (empty unless needed)."""
+    B, T, H, N = r.shape
+    Hv = v.shape[2]
+    plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
+    cu, chunk_seq, chunk_start = plan["tables"]
+    sizes = (plan["T"], plan["NT"], H)
+    d_out = d_out.contiguous()
+    du = torch.empty_like(u)
+    d_checkpoint = torch.empty_like(checkpoint)
+    d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
+    BV = plan["tile"]
+    wkv7_reverse_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+        r, log_w, a, b, solve, a_rb, d_out, None if d_final is None else d_final.contiguous(), du, d_checkpoint, d_state,
+        cu, chunk_start, *sizes, scale, **plan["common"], BV=BV, INLINE=plan["inline"],
+        HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
+    dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
+    d_log_w = torch.empty_like(log_w)
+    wkv7_grad_kernel[(H, plan["chunks"])](
+        r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, dv, da, db,
+        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["pairs"], **plan["launch"]["grad"])
+    if Hv != H:
+        dv = dv.view(B, T, Hv, H // Hv, N).sum(3, dtype=torch.float32).to(v.dtype)
+    return dr, d_log_w, dk, dv, da, db, d_state
+
+
+@wkv7_backward_op.register_fake
+def wkv7_backward_fake(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
+                       b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
+                       scale: float, min_log_w: float | None, need_state: bool
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, H, N = r.shape
+    seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    d_state = r.new_empty((seqs, H, N, N) if need_state else 0, dtype=torch.float32)
+    return (*(torch.empty_like(x) for x in (r, log_w, k, v, a, b)), d_state)
+
+
+def wkv7_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    r, log_w, k, v, a, b, state, cu_seqlens, ctx.scale, ctx.min_log_w, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.need_state = state is not None and state.requires_grad
+    ctx.save_for_backward(r, log_w, k, v, a, b, *output[2:], cu_seqlens)
+
+
+def wkv7_backward(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor | None, d_final: Tensor | None, *_: None
+                  ) -> tuple[Tensor | None, ...]:
+    *saved, cu_seqlens = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(saved[0])
+    *grads, d_state = wkv7_backward_op(d_out, d_final, *saved, cu_seqlens, ctx.scale, ctx.min_log_w, ctx.need_state)
+    return *grads, d_state if ctx.need_state else None, None, None, None, None
+
+
+wkv7_forward_op.register_autograd(wkv7_backward, setup_context=wkv7_setup)

@@ -1,0 +1,60 @@
+"""What chat, generate and the server see of a backend: an engine that feeds tokens to a model, and its states.
+
+Only protocols live here; `radlads.backends.open_engine` makes the real thing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from radlads.spec import ModelSpec
+
+Logits = npt.NDArray[np.float32]
+
+
+class State(Protocol):
+    """What a sequence leaves behind: of constant size for recurrent layers, growing for softmax layers."""
+
+    @property
+    def position(self) -> int:
+        """Number of tokens fed so far."""
+
+
+class Engine(Protocol):
+    """A loaded model. States are values: feeding never changes the state handed in, so fork and undo are free."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Dimensions and mixers of the model."""
+
+    @property
+    def name(self) -> str:
+        """Name of the backend: "torch" or "mlx"."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes, such as "cpu", "cuda:0" or "gpu"."""
+
+    def start(self) -> Any:
+        """The state before the first token."""
+
+    def feed(self, state: Any, tokens: Sequence[int]) -> tuple[Logits, Any]:
+        """Logits (V,) float32 after the last of `tokens` (at least one), and the new state."""
+
+    def state_arrays(self, state: Any) -> dict[str, npt.NDArray[Any]]:
+        """The state as named arrays, for a state file."""
+
+    def from_arrays(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
+        """The inverse of `state_arrays`; R304 when the arrays do not fit the model."""
+
+
+def feed_in_steps(engine: Engine, state: Any, tokens: Sequence[int], step: int = 1024) -> tuple[Logits, Any]:
+    """Feed a prompt of any length `step` tokens at a time, so that the memory needed does not grow with it."""
+    if not tokens:
+        raise ValueError("no tokens to feed")
+    logits, state = engine.feed(state, tokens[:step])
+    for first in range(step, len(tokens), step):
+        logits, state = engine.feed(state, tokens[first : first + step])
+    return logits, state

@@ -1,0 +1,62 @@
+"""One error for everything a user can cause: what, where, why, how to fix it."""
+
+from dataclasses import dataclass
+
+# Exit status of the command line, by the first digit of the code.
+EXIT_STATUS = {"1": 2, "2": 2, "3": 2, "4": 1, "5": 3}
+
+CODES = {
+    "R101": "unknown option or value",
+    "R102": "recipe not valid",
+    "R103": "stage order",
+    "R104": "optional package missing",
+    "R201": "file not readable",
+    "R202": "weights file not valid",
+    "R203": "tensors do not fit the model",
+    "R204": "config not valid",
+    "R205": "architecture not supported",
+    "R206": "tokenizer not usable",
+    "R207": "values not finite",
+    "R301": "data not readable",
+    "R302": "data too short",
+    "R303": "run folder belongs to another run",
+    "R304": "saved state not usable",
+    "R401": "output not writable",
+    "R402": "no space left",
+    "R403": "out of memory",
+    "R404": "training diverged",
+    "R405": "backend not available",
+    "R501": "gate not met",
+}
+
+
+@dataclass
+class RadladsError(Exception):
+    """An error with a code of `CODES`, the place, the reason and the fix; printed as one line, without a traceback."""
+
+    code: str
+    where: str
+    why: str
+    fix: str
+
+    def __post_init__(self) -> None:
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        return f"{self.code} {CODES[self.code]}: {self.where}: {self.why}. {self.fix}"
+
+    @property
+    def exit_status(self) -> int:
+        """Exit status of the command line: 2 for bad input, 1 for a failure, 3 for a gate that was not met."""
+        return EXIT_STATUS[self.code[1]]
+
+
+def fail(code: str, *, where: object, why: str, fix: str) -> RadladsError:
+    """Build the error to raise: `raise fail("R201", where=path, why="...", fix="...")`."""
+    return RadladsError(code, printable(str(where)), printable(why.rstrip(".")), fix if fix.endswith((".", "`")) else fix + ".")
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Text from a file made safe for a terminal: control characters escaped, length bounded."""
+    safe = "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
+    return safe if len(safe) <= limit else safe[:limit] + "..."

@@ -1,0 +1,119 @@
+"""Checked reading of the Hugging Face config keys that every family shares, and writing them back."""
+
+from typing import Any
+
+from radlads.errors import fail
+from radlads.spec import ModelSpec
+
+ROPE_KINDS = ("default", "linear", "llama3")
+MISSING = object()
+
+
+def positive_int(config: dict[str, Any], key: str, default: object = MISSING) -> int:
+    """The positive integer at `key`."""
+    value = config.get(key)
+    value = default if value is None else value
+    if value is MISSING:
+        raise fail("R204", where=f"config.json: {key}", why="the key is missing", fix="Copy it from the original model's config.json")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise fail("R204", where=f"config.json: {key}", why=f"{value!r} is no positive integer", fix="Correct the value")
+    return value
+
+
+def number(config: dict[str, Any], key: str, default: float) -> float:
+    """The finite positive number at `key`."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise fail("R204", where=f"config.json: {key}", why=f"{value!r} is no positive number", fix="Correct the value")
+    return float(value)
+
+
+def flag(config: dict[str, Any], key: str, default: bool) -> bool:
+    """The boolean at `key`."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise fail("R204", where=f"config.json: {key}", why=f"{value!r} is neither true nor false", fix="Correct the value")
+    return value
+
+
+def rope(config: dict[str, Any], default_theta: float) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling): transformers 5 writes `rope_parameters`, older files `rope_theta` and `rope_scaling`."""
+    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(nested, dict):
+        raise fail("R204", where="config.json: rope_parameters", why="it is no table of settings", fix="Correct the value")
+    theta = number(nested, "rope_theta", number(config, "rope_theta", default_theta))
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        known = ", ".join(ROPE_KINDS)
+        raise fail("R205", where="config.json: rope_type", why=f"{kind!r} is not supported; known: {known}", fix="Choose another teacher")
+    if kind == "default":
+        return theta, None
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    scaling: dict[str, Any] = {"rope_type": kind}
+    for key in needed[kind]:
+        if key not in nested:
+            raise fail("R204", where=f"config.json: rope {key}", why="the key is missing", fix="Copy it from the original config.json")
+        scaling[key] = number(nested, key, 1.0)
+    return theta, scaling
+
+
+def read_common(config: dict[str, Any], family: str, *, theta: float = 10000.0, head_dim: int | None = None) -> dict[str, Any]:
+    """Fields of ModelSpec that have the same keys in every family."""
+    if config.get("hidden_act", "silu") != "silu":
+        raise fail("R205", where="config.json: hidden_act", why=f"{config['hidden_act']!r} is not supported, only 'silu' is", fix="Choose another teacher")
+    if config.get("use_sliding_window"):
+        raise fail("R205", where="config.json: use_sliding_window", why="sliding-window attention is not supported", fix="Choose another teacher")
+    if config.get("quantization_config") or config.get("quantization"):
+        raise fail("R205", where="config.json", why="the weights are quantised and a float teacher is needed", fix="Use the unquantised model")
+    hidden, heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
+    rope_theta, rope_scaling = rope(config, theta)
+    return {
+        "family": family,
+        "hidden_size": hidden,
+        "intermediate_size": positive_int(config, "intermediate_size"),
+        "num_layers": positive_int(config, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": positive_int(config, "num_key_value_heads", heads),
+        "head_dim": positive_int(config, "head_dim", head_dim or max(1, hidden // heads)),
+        "vocab_size": positive_int(config, "vocab_size"),
+        "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
+        "rope_theta": rope_theta,
+        "rope_scaling": rope_scaling,
+        "max_positions": positive_int(config, "max_position_embeddings", 32768),
+        "tie_embeddings": flag(config, "tie_word_embeddings", False),
+    }
+
+
+def build_spec(fields: dict[str, Any]) -> ModelSpec:
+    """ModelSpec from checked fields; numbers that do not fit together become a config error."""
+    try:
+        return ModelSpec(**fields)
+    except ValueError as error:
+        raise fail("R204", where="config.json", why=str(error), fix="Correct the value") from None
+
+
+def write_common(spec: ModelSpec) -> dict[str, Any]:
+    """Config keys of every family. The rope base is written in both spellings: each library reads only one."""
+    rope_parameters = {"rope_type": "default", **(spec.rope_scaling or {}), "rope_theta": spec.rope_theta}
+    config: dict[str, Any] = {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta,
+        "rope_parameters": rope_parameters,
+        "max_position_embeddings": spec.max_positions,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "hidden_act": "silu",
+    }
+    if spec.rope_scaling:
+        config["rope_scaling"] = dict(spec.rope_scaling)
+    return config
+
+
