@@ -48,13 +48,3 @@ class Engine(Protocol):
 
     def from_arrays(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
         """The inverse of `state_arrays`; R304 when the arrays do not fit the model."""
-
-
-def feed_in_steps(engine: Engine, state: Any, tokens: Sequence[int], step: int = 1024) -> tuple[Logits, Any]:
-    """Feed a prompt of any length `step` tokens at a time, so that the memory needed does not grow with it."""
-    if not tokens:
-        raise ValueError("no tokens to feed")
-    logits, state = engine.feed(state, tokens[:step])
-    for first in range(step, len(tokens), step):
-        logits, state = engine.feed(state, tokens[first : first + step])
-    return logits, state

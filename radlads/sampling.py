@@ -17,7 +17,7 @@ class Sampling:
     """How tokens are chosen; R101 when a value is out of range. `temp` 0 takes the most likely token."""
 
     temp: float = 0.0
-    top_p: float = 1.0  # 1 = off
+    top_p: float = 1.0  # 0 or 1 = off
     top_k: int = 0  # 0 = off
     min_p: float = 0.0  # 0 = off
     repetition_penalty: float = 1.0  # 1 = off
@@ -25,7 +25,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("--temp", self.temp, 0 <= self.temp <= 100, "a number from 0 to 100")
-        _check("--top-p", self.top_p, 0 < self.top_p <= 1, "a number above 0, at most 1")
+        _check("--top-p", self.top_p, 0 <= self.top_p <= 1, "a number from 0 to 1")
         _check("--top-k", self.top_k, self.top_k >= 0, "0 (off) or a number of tokens")
         _check("--min-p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
         _check("--repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "a number above 0, at most 100")
@@ -53,13 +53,14 @@ def pick(logits: Logits, sampling: Sampling, rng: np.random.Generator, recent: S
         # Inverse of the cumulative distribution in token order: logits that differ in the last bits give the same token.
         totals = np.cumsum(np.exp(kept - kept.max()))
         token = int(np.searchsorted(totals, rng.random() * totals[-1], side="right"))
+        token = min(token, int(np.searchsorted(totals, totals[-1])))  # the draw may round up to the whole
     return token, float(scores[token])
 
 
 def _kept(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Which tokens may be sampled, boolean (V,)."""
     keep = np.ones(len(scores), bool)
-    if sampling.top_p < 1:
+    if 0 < sampling.top_p < 1:
         order = np.argsort(-scores, kind="stable")
         before = np.cumsum(np.exp(scores[order])) - np.exp(scores[order])
         keep[order] = before < sampling.top_p  # the most likely token always stays

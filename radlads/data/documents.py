@@ -40,8 +40,9 @@ def read_documents(path: Path, text_field: str, progress: Callable[[int], None])
     lines = read_lines(path, progress)
     if kind == ".jsonl":
         for number, line in lines:
-            if line.strip():
-                yield text_of(line, text_field, f"{path}:{number}"), True
+            text = text_of(line, text_field, f"{path}:{number}") if line.strip() else ""
+            if text:
+                yield text, True
     else:
         yield from split_text(line for _, line in lines)
 
@@ -61,7 +62,7 @@ def split_text(lines: Iterator[str]) -> Iterator[tuple[str, bool]]:
         if ended:
             rest = rest.removeprefix("\n")
         # A piece must not end inside what a tokenizer takes as one unit: white space belongs to the text before it.
-        if size > PIECE and line[:1].strip():
+        if size > PIECE and (line[:1].strip() or size > MAX_LINE):
             yield "".join(pieces), False
             pieces, size, begun = [], 0, True
         if rest:

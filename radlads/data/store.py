@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radlads.data.documents import kind_of, read_documents
-from radlads.errors import fail
+from radlads.errors import RadladsError, fail
 from radlads.files import new_folder, sha256, write_file
 
 TOKENS, HEADER = "tokens.bin", "store.json"
@@ -74,10 +74,12 @@ def prepare(
         "eos_id": eos_id,
         "text_field": text_field,
     }
-    if (out / HEADER).is_file() and origin.items() <= read_header(out).items():
-        return TokenStore(out)
+    found = existing_store(out)
+    if found is not None and origin.items() <= found.header.items():
+        return found
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
-    with new_folder(out, overwrite=True) as folder:
+    # Only a store may be replaced: `out` could be any folder of the user.
+    with new_folder(out, overwrite=(out / HEADER).is_file()) as folder:
         count, documents, digest = 0, 0, hashlib.sha256()
         with (folder / TOKENS).open("wb") as file:
             for tokens, ended in encode_all(read_all(paths, text_field, progress), tokenizer, eos_id):
@@ -132,7 +134,7 @@ def encode_batch(batch: list[tuple[str, bool]], tokenizer: TokenizerLike, eos_id
     tokens: list[int] = []
     for ids, (_, last) in zip(encoded, batch, strict=True):
         tokens.extend(ids)
-        if last and eos_id is not None and ids:
+        if last and eos_id is not None:
             tokens.append(eos_id)
     if tokens and not (0 <= min(tokens) and max(tokens) < tokenizer.vocab_size):
         why = f"it gives token {max(tokens)}, the vocabulary has {tokenizer.vocab_size}"
@@ -141,9 +143,19 @@ def encode_batch(batch: list[tuple[str, bool]], tokenizer: TokenizerLike, eos_id
 
 
 def tokenizer_hash(tokenizer: TokenizerLike) -> str:
-    """sha256 that changes with the tokenizer: its own `sha256` where it has one, else of its tokens of a probe text."""
-    own = getattr(tokenizer, "sha256", None)
-    return own if isinstance(own, str) else hashlib.sha256(json.dumps([tokenizer.vocab_size, tokenizer.encode(PROBE)]).encode()).hexdigest()
+    """sha256 of the tokenizer's file, or of its tokens of a probe text when it comes from no model folder."""
+    path = getattr(tokenizer, "path", None)
+    if isinstance(path, Path) and (path / "tokenizer.json").is_file():
+        return sha256(path / "tokenizer.json")
+    return hashlib.sha256(json.dumps([tokenizer.vocab_size, tokenizer.encode(PROBE)]).encode()).hexdigest()
+
+
+def existing_store(folder: Path) -> TokenStore | None:
+    """The store in `folder`; None when there is none, or a damaged one that must be made again."""
+    try:
+        return TokenStore(folder)
+    except RadladsError:
+        return None
 
 
 def signature(path: Path) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import mlx.core as mx
 FLOOR = -20.0
 # Decays are factorised around the middle of a chunk: exp(80) leaves a factor of 6000 below float32's largest number.
 LARGEST_EXPONENT = 80.0
-LARGEST_CHUNK = 64
+LARGEST_CHUNK = 32
 
 
 def chunk_size(length: int, min_log_w: float | None) -> int:
@@ -38,21 +38,37 @@ def floored(log_w: mx.array, min_log_w: float | None) -> mx.array:
     return mx.where(log_w < FLOOR, FLOOR, log_w) if min_log_w is None or min_log_w < FLOOR else log_w
 
 
-def from_middle(log_w: mx.array, *, inclusive: bool) -> mx.array:
-    """Log-decay from the middle of the chunk to each token (positive before it); (..., size, N).
+def from_start(log_w: mx.array) -> mx.array:
+    """Log-decay from the chunk's start to each boundary between tokens, 0 first: (..., size, N) to (..., size + 1, N)."""
+    return mx.concatenate([mx.zeros_like(log_w[..., :1, :]), mx.cumsum(log_w, axis=-2)], axis=-2)
 
-    `inclusive` counts the token's own decay. Each half is summed outwards, so that rounding grows with the distance
-    from the middle and not from the chunk's start.
+
+def from_middle(log_w: mx.array) -> mx.array:
+    """Log-decay from the chunk's middle to each boundary, positive before it: (..., size, N) to (..., size + 1, N).
+
+    Each half is summed outwards, so that rounding grows with the distance from the middle, not from the start.
     """
     before, after = mx.split(log_w, 2, axis=-2)
-    left = -mx.cumsum(before, axis=-2, reverse=True, inclusive=not inclusive)
-    return mx.concatenate([left, mx.cumsum(after, axis=-2, inclusive=inclusive)], axis=-2)
+    return mx.concatenate([-mx.cumsum(before, axis=-2, reverse=True), from_start(after)], axis=-2)
 
 
-def causal(size: int, *, diagonal: bool) -> mx.array:
-    """Boolean (size, size): which earlier tokens s (columns) a token t (row) sees; with or without itself."""
-    position = mx.arange(size)
-    return position[:, None] >= position[None] if diagonal else position[:, None] > position[None]
+def to_end(log_w: mx.array) -> mx.array:
+    """Log-decay from each token to the chunk's end, 0 for the last: (..., size, N)."""
+    return mx.cumsum(log_w, axis=-2, reverse=True, inclusive=False)
+
+
+def decayed_products(left: mx.array, right: mx.array, left_mid: mx.array, right_mid: mx.array, *, lag: int) -> mx.array:
+    """left_t . right_s decayed from s to t, (..., size, size), zero where s > t - lag; `lag` is 0 or 1.
+
+    `left_mid` and `right_mid` carry the decay to and from the middle. No decay lies between t and t - lag: that pair is
+    multiplied plainly, because its two shares in the gradient of log_w would cancel only up to rounding.
+    """
+    if lag:
+        right = mx.pad(right[..., :-1, :], [*[(0, 0)] * (right.ndim - 2), (1, 0), (0, 0)])
+    plain = (left * right).sum(-1, keepdims=True)  # (..., size, 1)
+    position = mx.arange(left.shape[-2])
+    distance = position[:, None] - position[None]
+    return mx.where(distance > lag, left_mid @ right_mid.swapaxes(-1, -2), mx.where(distance == lag, plain, 0.0))
 
 
 def zero_state(x: mx.array) -> mx.array:

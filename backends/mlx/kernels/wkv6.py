@@ -5,7 +5,17 @@ Layout (B, T, H, N); the decay comes as its logarithm; the state is float32 (B, 
 
 import mlx.core as mx
 
-from radlads.backends.mlx.kernels import causal, chunk_size, floored, from_middle, join_chunks, split_chunks, zero_state
+from radlads.backends.mlx.kernels import (
+    chunk_size,
+    decayed_products,
+    floored,
+    from_middle,
+    from_start,
+    join_chunks,
+    split_chunks,
+    to_end,
+    zero_state,
+)
 
 
 def wkv6(
@@ -45,16 +55,14 @@ def wkv6_chunked(
     length, dtype = q.shape[1], q.dtype
     q, k, v, log_w = (split_chunks(x, size) for x in (q, k, v, log_w))
     q = scale * q
-    middle = from_middle(log_w, inclusive=True)
-    pairs = (q * mx.exp(middle)) @ (k * mx.exp(-middle)).swapaxes(-1, -2)
-    inside = mx.where(causal(size, diagonal=True), pairs, 0.0) @ v
-    to_end = mx.exp(mx.cumsum(log_w, axis=-2, reverse=True, inclusive=False))
-    added = v.swapaxes(-1, -2) @ (k * to_end)  # (B, H, chunks, N value, N key)
-    from_start = mx.cumsum(log_w, axis=-2)
-    kept = mx.exp(from_start[..., -1:, :])  # (B, H, chunks, 1, N key)
+    middle = mx.exp(from_middle(log_w))[..., 1:, :]
+    inside = decayed_products(q, k, q * middle, k / middle, lag=0) @ v
+    added = v.swapaxes(-1, -2) @ (k * mx.exp(to_end(log_w)))  # (B, H, chunks, N value, N key)
+    decay = mx.exp(from_start(log_w))
+    kept = decay[..., -1:, :]  # (B, H, chunks, 1, N key)
     starts = []
     for keep, add in zip(mx.split(kept, kept.shape[2], axis=2), mx.split(added, added.shape[2], axis=2), strict=True):
         starts.append(state)
         state = state * keep[:, :, 0] + add[:, :, 0]
-    before = (q * mx.exp(from_start)) @ mx.stack(starts, axis=2).swapaxes(-1, -2)
+    before = (q * decay[..., 1:, :]) @ mx.stack(starts, axis=2).swapaxes(-1, -2)
     return join_chunks(inside + before, length, dtype), state

@@ -6,7 +6,17 @@ Layout (B, T, H, N); the decay comes as its logarithm; the state is float32 (B, 
 
 import mlx.core as mx
 
-from radlads.backends.mlx.kernels import causal, chunk_size, floored, from_middle, join_chunks, split_chunks, zero_state
+from radlads.backends.mlx.kernels import (
+    chunk_size,
+    decayed_products,
+    floored,
+    from_middle,
+    from_start,
+    join_chunks,
+    split_chunks,
+    to_end,
+    zero_state,
+)
 
 
 def wkv7(
@@ -62,25 +72,21 @@ def wkv7_chunked(
     length, dtype = r.shape[1], r.dtype
     r, log_w, k, v, a, b = (split_chunks(x, size) for x in (r, log_w, k, v, a, b))
     r = scale * r
-    seen, earlier = causal(size, diagonal=True), causal(size, diagonal=False)
-    middle = from_middle(log_w, inclusive=True)
-    r_mid, a_mid = r * mx.exp(middle), a * mx.exp(from_middle(log_w, inclusive=False))
-    k_mid, b_mid = ((x * mx.exp(-middle)).swapaxes(-1, -2) for x in (k, b))
-    m_ak, m_ab = (mx.where(earlier, a_mid @ x, 0.0) for x in (k_mid, b_mid))
-    m_rk, m_rb = (mx.where(seen, r_mid @ x, 0.0) for x in (k_mid, b_mid))
+    middle = mx.exp(from_middle(log_w))
+    r_mid, a_mid, k_mid, b_mid = r * middle[..., 1:, :], a * middle[..., :-1, :], k / middle[..., 1:, :], b / middle[..., 1:, :]
+    m_rk, m_rb = decayed_products(r, k, r_mid, k_mid, lag=0), decayed_products(r, b, r_mid, b_mid, lag=0)
+    m_ak, m_ab = decayed_products(a, k, a_mid, k_mid, lag=1), decayed_products(a, b, a_mid, b_mid, lag=1)
 
-    from_start = mx.cumsum(log_w, axis=-2)
-    a_start = a * mx.exp(mx.cumsum(log_w, axis=-2, inclusive=False))
-    to_end = mx.exp(mx.cumsum(log_w, axis=-2, reverse=True, inclusive=False))
+    decay, last = mx.exp(from_start(log_w)), mx.exp(to_end(log_w))
     solve = unit_lower_inverse(m_ab)
-    u_state, u_own = solve @ a_start, solve @ (m_ak @ v)  # u = u_state S_0^T + u_own
-    move = u_state.swapaxes(-1, -2) @ (b * to_end) + mx.exp(from_start[..., -1, :, None]) * mx.eye(r.shape[-1])
-    add = u_own.swapaxes(-1, -2) @ (b * to_end) + v.swapaxes(-1, -2) @ (k * to_end)
+    u_state, u_own = solve @ (a * decay[..., :-1, :]), solve @ (m_ak @ v)  # u = u_state S_0^T + u_own
+    move = u_state.swapaxes(-1, -2) @ (b * last) + decay[..., -1, :, None] * mx.eye(r.shape[-1])
+    add = u_own.swapaxes(-1, -2) @ (b * last) + v.swapaxes(-1, -2) @ (k * last)
     starts = []
     for moved, added in zip(mx.split(move, move.shape[2], axis=2), mx.split(add, add.shape[2], axis=2), strict=True):
         starts.append(state)
         state = state @ moved[:, :, 0] + added[:, :, 0]
-    r_start = r * mx.exp(from_start) + m_rb @ u_state
+    r_start = r * decay[..., 1:, :] + m_rb @ u_state
     p = r_start @ mx.stack(starts, axis=2).swapaxes(-1, -2) + m_rb @ u_own + m_rk @ v
     return join_chunks(p, length, dtype), state
 

@@ -121,7 +121,8 @@ def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b
     sizes = (plan["T"], plan["NT"], H)
     wkv7_solve_kernel[(H, chunks)](
         r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu, chunk_seq, chunk_start, *sizes, scale,
-        **plan["common"], **plan["pairs"], INLINE=inline, **plan["launch"]["solve"])
+        **plan["common"], **plan["pairs"], SOLVE_LEVELS=C.bit_length() - 1, INLINE=inline,
+        **plan["launch"]["solve"])
     BV = plan["tile"]
     wkv7_scan_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
         r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state, out, u, checkpoint, final, cu, chunk_start,

@@ -17,18 +17,23 @@ from radlads.backends.torch.kernels.lang import tl, triton
 
 
 @triton.jit
-def wkv7_inverse(A, C: tl.constexpr, PREC: tl.constexpr):
-    """(I - A)^-1 of a strictly lower (C, C) matrix, by doubling blocks: as stable as forward substitution."""
+def wkv7_merge_blocks(A, inverse, HALF: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+    """From the inverses of diagonal blocks of HALF tokens to those of twice as many."""
+    row = tl.arange(0, C)
+    lower = ((row[:, None] // (2 * HALF)) == (row[None, :] // (2 * HALF))) \
+        & ((row[:, None] // HALF) > (row[None, :] // HALF))
+    step = tl.dot(tl.where(lower, A, 0.0), inverse, input_precision=PREC)
+    return tl.dot(inverse, step, inverse, input_precision=PREC)
+
+
+@triton.jit
+def wkv7_inverse(A, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+    """(I - A)^-1 of a strictly lower (C, C) matrix, C = 2^LEVELS, by doubling blocks: as stable as substitution."""
     row = tl.arange(0, C)
     pair = ((row[:, None] // 2) == (row[None, :] // 2)) & (row[:, None] > row[None, :])
     inverse = tl.where(pair, A, 0.0) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-    for level in tl.static_range(1, 6):
-        half: tl.constexpr = 1 << level
-        if half < C:
-            lower = ((row[:, None] // (2 * half)) == (row[None, :] // (2 * half))) \
-                & ((row[:, None] // half) > (row[None, :] // half))
-            step = tl.dot(tl.where(lower, A, 0.0), inverse, input_precision=PREC)
-            inverse += tl.dot(inverse, step, input_precision=PREC)
+    for level in tl.static_range(1, LEVELS):
+        inverse = wkv7_merge_blocks(A, inverse, 1 << level, C, PREC)
     return inverse
 
 
@@ -36,7 +41,8 @@ def wkv7_inverse(A, C: tl.constexpr, PREC: tl.constexpr):
 def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu_seqlens, chunk_seq, chunk_start, T, NT, H, scale,
                       N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
                       CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
-                      SOLVE_PREC: tl.constexpr, INLINE: tl.constexpr, VARLEN: tl.constexpr):
+                      SOLVE_PREC: tl.constexpr, SOLVE_LEVELS: tl.constexpr, INLINE: tl.constexpr,
+                      VARLEN: tl.constexpr):
     h = tl.program_id(0)
     chunk = tl.program_id(1)
     if VARLEN:
@@ -74,7 +80,7 @@ def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu_seqlens, ch
             rb += tl.where(causal, tl.dot(rq, tl.trans(bk), input_precision=PREC), 0.0)
             rk += tl.where(causal, tl.dot(rq, tl.trans(kk), input_precision=PREC), 0.0)
     cell = (chunk * H + h).to(tl.int64) * C * C + row[:, None] * C + row[None, :]
-    tl.store(solve + cell, wkv7_inverse(A, C, SOLVE_PREC).to(DOT))
+    tl.store(solve + cell, wkv7_inverse(A, C, SOLVE_LEVELS, SOLVE_PREC).to(DOT))
     if not INLINE:
         tl.store(a_ak + cell, ak.to(DOT))
         tl.store(a_rb + cell, rb.to(DOT))

@@ -1,0 +1,1 @@
+"""PyTorch backend: training on GPU and CPU, inference anywhere."""

@@ -1,0 +1,185 @@
+"""The RWKV-6 recurrence (gated linear attention, vector decay): public op, custom-op registrations, kernel launches.
+
+Kernels are in wkv6_triton, the form for every other device, dtype and head size in wkv6_plain.
+"""
+import torch
+from torch import Tensor
+
+from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
+from radlads.backends.torch.kernels.lang import HAS_TRITON, triton
+from radlads.backends.torch.kernels.wkv6_plain import wkv6_plain
+from radlads.backends.torch.kernels.wkv6_triton import (
+    wkv6_grad_kernel,
+    wkv6_intra_kernel,
+    wkv6_reverse_kernel,
+    wkv6_scan_kernel,
+)
+
+WKV6_HEAD_SIZES = (32, 64, 96, 128)
+
+# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128, measured on an H100.
+WKV6_LAUNCH = {
+    "intra": ((4, 1), (4, 1)),
+    "scan": ((4, 1), (4, 1)),
+    "reverse": ((4, 1), (4, 1)),
+    "grad": ((4, 1), (8, 1)),
+}
+
+
+def wkv6(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None = None, *,
+         scale: float, min_log_w: float | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """S_t = S_{t-1} diag(exp(log_w_t)) + v_t k_t^T ;  out_t = scale * S_t q_t.
+
+    q: (B, T, H, N) float32 or bfloat16. k, v: (B, T, Hkv, N) with H % Hkv == 0; key/value head j serves query heads
+    j*g ... j*g+g-1. log_w: (B, T, H, N) <= 0, float32 or bfloat16, exact for any decay. state: float32 (B, H, N, N), rows
+    are value channels. min_log_w: a bound the caller guarantees (larger chunks on the CPU). cu_seqlens: (n+1) offsets of n sequences packed along T with B == 1; the state then has n rows.
+    Returns out (B, T, H, N) in v's dtype and the final state. Raises ValueError for shapes that do not fit.
+    """
+    wkv6_check(q, k, v, log_w, state, cu_seqlens)
+    if not wkv6_has_kernel(q):
+        return wkv6_plain(q, k, v, log_w, state, scale=scale, min_log_w=min_log_w, cu_seqlens=cu_seqlens)
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+    gate = log_w if log_w.dtype == torch.bfloat16 else log_w.float()
+    inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_w, state))
+    out, final, _ = wkv6_forward_op(
+        *inputs, gate.contiguous(), None if state is None else state.float().contiguous(), cu_seqlens, scale, save)
+    return out.to(v.dtype), final
+
+
+def wkv6_check(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    B, T, H, N = q.shape
+    if log_w.shape != q.shape:
+        raise ValueError(f"log_w must have q's shape {tuple(q.shape)}, got {tuple(log_w.shape)}")
+    if k.shape != v.shape or k.shape[:2] != (B, T) or k.shape[3] != N or H % k.shape[2]:
+        raise ValueError(f"k and v must be (B, T, Hkv, N) with H % Hkv == 0, got {tuple(k.shape)} and {tuple(v.shape)} "
+                         f"beside q {tuple(q.shape)}")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"packed sequences need a batch of 1, got {B}")
+    rows = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    if state is not None and state.shape != (rows, H, N, N):
+        raise ValueError(f"state must be {(rows, H, N, N)}, got {tuple(state.shape)}")
+
+
+def wkv6_has_kernel(q: Tensor) -> bool:
+    return HAS_TRITON and q.is_cuda and q.shape[3] in WKV6_HEAD_SIZES and q.shape[1] > 0 and q.dtype != torch.float64
+
+
+def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
+    """Sizes, tables and compile-time constants that all kernels of one call share."""
+    B, T, H, N = q.shape
+    # float32 tiles of 64 tokens do not fit in shared memory.
+    C = 64 if q.dtype == torch.bfloat16 else 32
+    diag, clamp = decay_block(C, None)
+    NT = triton.cdiv(T, C)
+    chunk_seq, chunk_start = chunk_tables(cu_seqlens, C, T) if cu_seqlens is not None else (None, None)
+    seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    wide = int(N > 64)
+    return {
+        "seqs": seqs,
+        "chunks": B * NT if chunk_seq is None else chunk_seq.numel(),
+        "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C,
+        "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag)},
+        "common": {"N": N, "BN": triton.next_power_of_2(N), "C": C, "CLAMP": clamp,
+                   "VARLEN": cu_seqlens is not None, **chunk_precision(q.dtype, q.device)},
+        "tile": wkv6_value_tile(seqs * H, N),
+        "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV6_LAUNCH.items()},
+    }
+
+
+def wkv6_value_tile(scans: int, N: int) -> int:
+    """Value channels per scan: fewer where there are too few heads to fill the card."""
+    tile = min(64, triton.next_power_of_2(N))
+    while tile > 32 and scans * triton.cdiv(N, tile) < 256:
+        tile //= 2
+    return tile
+
+
+@torch.library.custom_op("radlads::wkv6_forward", mutates_args=())
+def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
+                    scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, final state, state before each chunk); the last is empty unless `save`."""
+    B, T, H, N = q.shape
+    plan = wkv6_plan(q, cu_seqlens)
+    C, chunks, BV = plan["C"], plan["chunks"], plan["tile"]
+    cu, chunk_seq, chunk_start = plan["tables"]
+    tiles = triton.cdiv(N, BV)
+    out = torch.empty_like(q)
+    final = q.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
+    checkpoint = q.new_empty((chunks, H, N, N) if save else 0)
+    pairs = q.new_empty((chunks, H, C, C) if tiles > 1 else 0)
+    sizes = (plan["T"], plan["NT"], H, k.shape[2], scale)
+    if tiles > 1:
+        wkv6_intra_kernel[(H, chunks)](q, log_w, k, pairs, cu, chunk_seq, chunk_start, *sizes,
+                                       **plan["common"], **plan["pairs"], **plan["launch"]["intra"])
+    wkv6_scan_kernel[(tiles, H, plan["seqs"])](
+        q, log_w, k, v, pairs, state, out, checkpoint, final, cu, chunk_start, *sizes, **plan["common"], **plan["pairs"],
+        BV=BV, INLINE=tiles == 1, HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+    return out, final, checkpoint
+
+
+@wkv6_forward_op.register_fake
+def wkv6_forward_fake(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
+                      scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, N = q.shape
+    C = 64 if q.dtype == torch.bfloat16 else 32
+    seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + seqs
+    return (torch.empty_like(q), q.new_empty((seqs, H, N, N), dtype=torch.float32),
+            q.new_empty((chunks, H, N, N) if save else 0))
+
+
+@torch.library.custom_op("radlads::wkv6_backward", mutates_args=())
+def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_w: Tensor,
+                     checkpoint: Tensor, cu_seqlens: Tensor | None, scale: float, need_state: bool
+                     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_w and the initial state (empty unless needed)."""
+    B, T, H, N = q.shape
+    Hk = k.shape[2]
+    plan = wkv6_plan(q, cu_seqlens)
+    BV = plan["tile"]
+    cu, chunk_seq, chunk_start = plan["tables"]
+    d_out = d_out.contiguous()
+    d_checkpoint = torch.empty_like(checkpoint)
+    d_state = q.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
+    wkv6_reverse_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+        q, log_w, d_out, None if d_final is None else d_final.contiguous(), d_checkpoint, d_state, cu, chunk_start,
+        plan["T"], plan["NT"], H, scale, **plan["common"], BV=BV, HAS_STATE=d_final is not None, NEED_STATE=need_state,
+        **plan["launch"]["reverse"])
+    dq, dk, dv = (torch.empty_like(q) for _ in range(3))
+    d_log_w = torch.empty_like(log_w)
+    wkv6_grad_kernel[(H, plan["chunks"])](
+        q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, dv, cu, chunk_seq, chunk_start,
+        plan["T"], plan["NT"], H, Hk, scale, **plan["common"], **plan["pairs"], **plan["launch"]["grad"])
+    if Hk != H:
+        dk, dv = (x.view(B, T, Hk, H // Hk, N).sum(3, dtype=torch.float32).to(q.dtype) for x in (dk, dv))
+    return dq, dk, dv, d_log_w, d_state
+
+
+@wkv6_backward_op.register_fake
+def wkv6_backward_fake(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_w: Tensor,
+                       checkpoint: Tensor, cu_seqlens: Tensor | None, scale: float, need_state: bool
+                       ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, H, N = q.shape
+    seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    d_state = q.new_empty((seqs, H, N, N) if need_state else 0, dtype=torch.float32)
+    return (*(torch.empty_like(x) for x in (q, k, v, log_w)), d_state)
+
+
+def wkv6_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    q, k, v, log_w, state, cu_seqlens, ctx.scale, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.need_state = state is not None and state.requires_grad
+    ctx.save_for_backward(q, k, v, log_w, output[2], cu_seqlens)
+
+
+def wkv6_backward(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor | None, d_final: Tensor | None, *_: None
+                  ) -> tuple[Tensor | None, ...]:
+    *saved, cu_seqlens = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(saved[0])
+    *grads, d_state = wkv6_backward_op(d_out, d_final, *saved, cu_seqlens, ctx.scale, ctx.need_state)
+    return *grads, d_state if ctx.need_state else None, None, None, None
+
+
+wkv6_forward_op.register_autograd(wkv6_backward, setup_context=wkv6_setup)

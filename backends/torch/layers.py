@@ -1,0 +1,125 @@
+"""What every mixer and layer shares: norms, rotary positions, projections, feed-forward, gate."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from radlads.positions import inverse_frequencies
+from radlads.spec import ModelSpec
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight, over the last axis."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to the same shape and dtype."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W_down(SiLU(W_gate x) * W_up x)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.D, spec.F, bias=spec.mlp_bias)
+        self.up_proj = nn.Linear(spec.D, spec.F, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(spec.F, spec.D, bias=spec.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of S.3. The frequencies are kept per device, outside the module's own tensors."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.frequencies: dict[torch.device, Tensor] = {}
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions (B, T) to cos, sin (B, T, 1, N/2), computed in float32 and cast to `dtype`."""
+        device = positions.device
+        if device not in self.frequencies:
+            self.frequencies[device] = torch.tensor(inverse_frequencies(self.spec), dtype=torch.float32, device=device)
+        angles = (positions[..., None].float() * self.frequencies[device])[:, :, None, :]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """S.3 in half-split form: x (B, T, heads, N)."""
+    cos, sin = cos_sin
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """S.4: (B, T, Hkv, N) to (B, T, heads, N)."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+class Projections(nn.Module):
+    """q, k, v, o with the teacher's names, biases and per-head norms (S.1, S.2)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = nn.Linear(spec.D, spec.C, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(spec.C, spec.D, bias=spec.output_bias)
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.N, spec.rms_norm_eps)
+            self.k_norm = RMSNorm(spec.N, spec.rms_norm_eps)
+
+    def project(self, x_q: Tensor, x_k: Tensor, x_v: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) inputs to q (B, T, H, N) and k, v (B, T, Hkv, N), normed and, given `cos_sin`, rotated."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.spec.N)) for p, x in ((self.q_proj, x_q), (self.k_proj, x_k), (self.v_proj, x_v)))
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cos_sin is not None:
+            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        return q, k, v
+
+
+def declare(module: nn.Module, **shapes: tuple[int, ...]) -> None:
+    """Give `module` a parameter of each name and shape; values come from a file or from radlads.inits."""
+    for name, shape in shapes.items():
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+def declare_gate(module: nn.Module, spec: ModelSpec) -> None:
+    """Parameters of the output gate: `gate.weight` (full) or `g1`, `g2` (lowrank)."""
+    if spec.mixer.gate == "full":
+        module.gate = nn.Linear(spec.D, spec.C, bias=False)
+    elif spec.mixer.gate == "lowrank":
+        declare(module, g1=(spec.D, spec.ranks.gate), g2=(spec.ranks.gate, spec.C))
+
+
+def gated(module: nn.Module, spec: ModelSpec, p: Tensor, x: Tensor) -> Tensor:
+    """6.8, 7.9: p (B, T, C) times the output gate of x (B, T, D)."""
+    if spec.mixer.gate == "full":
+        return p * torch.sigmoid(module.gate(x))
+    if spec.mixer.gate == "lowrank":
+        return p * (torch.sigmoid(x @ module.g1) @ module.g2)
+    return p
+
+
+class HeadNorm(nn.GroupNorm):
+    """GroupNorm over each head of N channels, eps N * 1e-5, computed in float32."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec.H, spec.C, eps=spec.N * 1e-5)
+
+    def forward(self, p: Tensor) -> Tensor:
+        """p (B, T, C) to the same shape and dtype."""
+        flat = p.reshape(-1, p.shape[-1]).float()
+        return F.group_norm(flat, self.num_groups, self.weight.float(), self.bias.float(), self.eps).view(p.shape).to(p.dtype)

@@ -1,0 +1,1 @@
+"""Mixers in PyTorch, one file each, with the names of radlads.mixers."""

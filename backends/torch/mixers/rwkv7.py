@@ -1,0 +1,69 @@
+"""RAD-RWKV7, equations 7.1-7.9 of docs/mixers.md."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from radlads.backends.torch.kernels.wkv7 import wkv7
+from radlads.backends.torch.layers import HeadNorm, Projections, declare, declare_gate, gated, repeat_heads
+from radlads.backends.torch.state import LayerState, MixContext
+from radlads.spec import ModelSpec
+
+# 7.2: no decay is stronger than exp(-exp(-1/2)) per token.
+RWKV7_MIN_LOG_W = -math.exp(-0.5)
+
+
+class Rwkv7Mixer(Projections):
+    """Generalised delta rule with value residual; variants A, B and C."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__(spec)
+        D, C, ranks = spec.D, spec.C, spec.ranks
+        declare(self, w0=(1, 1, C), w1=(D, ranks.decay), w2=(ranks.decay, C))
+        declare(self, a0=(1, 1, C), a1=(D, ranks.iclr), a2=(ranks.iclr, C))
+        declare(self, v0=(1, 1, C), v1=(D, ranks.value_residual), v2=(ranks.value_residual, C))
+        declare_gate(self, spec)
+        declare(self, k_k=(1, 1, C), k_a=(1, 1, C), r_k=(spec.H, spec.N))
+        if spec.mixer.groupnorm:
+            self.ln_x = HeadNorm(spec)
+
+    def forward(self, x: Tensor, context: MixContext, state: LayerState) -> tuple[Tensor, LayerState]:
+        """x (B, T, D) to the output (B, T, D) and the state `wkv` (B, H, N, N)."""
+        opts, heads, carry, mask = self.spec.mixer, self.spec.H, context.carry, context.mask
+        r, k, v = self.project(x, x, x, context.cos_sin if opts.rope else None)  # 7.1
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+        w0 = 2 * self.w0 if opts.variant == "A" else self.w0
+        log_w = self.heads(RWKV7_MIN_LOG_W * torch.sigmoid((w0 + torch.tanh(x @ self.w1) @ self.w2).float()))  # 7.2
+        a = self.heads(torch.sigmoid(self.a0 + x @ self.a1 @ self.a2))  # 7.3
+        if opts.variant == "C":  # 7.4
+            kappa = unit(k)
+            beta = kappa * a
+            k = k * (a - torch.expm1(log_w).to(a.dtype))  # 1 - w + a
+        else:
+            kappa = unit(k * self.heads(self.k_k))
+            key_scale = 1 + (a - 1) * self.heads(self.k_a)
+            beta = kappa * (key_scale if opts.variant == "A" else a)
+            k = k * key_scale
+        if "v_first" in carry:  # 7.5
+            v = torch.lerp(v, carry["v_first"], self.heads(torch.sigmoid(self.v0 + x @ self.v1 @ self.v2)))
+        else:
+            carry["v_first"] = v
+        if mask is not None:
+            real = mask[..., None, None].to(k.dtype)
+            k, v, kappa, log_w = k * real, v * real, kappa * real, log_w * real.float()
+        p, wkv = wkv7(
+            r, log_w, k, v, -kappa, beta, state.get("wkv"), min_log_w=RWKV7_MIN_LOG_W, cu_seqlens=context.cu_seqlens
+        )  # 7.6, 7.7
+        p = p.flatten(2)
+        p = self.ln_x(p) if opts.groupnorm else p * self.spec.N**-0.5  # 7.8
+        return self.o_proj(gated(self, self.spec, p, x)), {"wkv": wkv}  # 7.9
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., H, N)."""
+        return x.unflatten(-1, (self.spec.H, self.spec.N))
+
+
+def unit(k: Tensor) -> Tensor:
+    """k over its norm per head, at least 1e-12, computed in float32."""
+    return torch.nn.functional.normalize(k.float(), dim=-1, eps=1e-12).to(k.dtype)

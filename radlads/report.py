@@ -1,0 +1,140 @@
+"""The report of a run: its plots as PNG files, and one HTML page that needs nothing beside it.
+
+It reads run.json, recipe.yaml and metrics.jsonl; of the latter the records of kind "train", "eval" and "sample"
+(`{"kind": "sample", "stage": 0..3 | "teacher", "prompt": ..., "text": ...}`).
+"""
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from radlads.errors import fail
+from radlads.files import write_file
+from radlads.plots import draw_plots, number
+from radlads.runs import METRICS, RECIPE, RECORD, read_metrics
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+CAPTIONS = {
+    "loss.png": ("Training loss", "Each step is thin, the running mean thick. The three losses have different units."),
+    "layers.png": ("Alignment by layer", "How far each new mixer is from the attention it replaces; layer 0 is next to the embedding."),
+    "positions.png": ("Distance by position", "A state that forgets shows as a line that rises to the right."),
+}
+ROWS = {"teacher": "Teacher", 0: "Student, before training", 1: "Student after stage 1", 2: "Student after stage 2", 3: "Student after stage 3"}
+
+
+def write_report(run_folder: str | Path) -> list[Path]:
+    """Draw the plots of a run into plots/ and write report.html; returns the files written.
+
+    Works on an unfinished run with what there is. Raises R201 when the folder holds no run, R401 or R402 when it cannot write.
+    """
+    folder = Path(run_folder)
+    if not (folder / RECIPE).is_file():
+        raise fail("R201", where=folder, why=f"it holds no {RECIPE}", fix="Give the folder of a run")
+    records = read_metrics(folder)
+    (folder / "plots").mkdir(exist_ok=True)
+    plots = draw_plots(records, folder / "plots")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page_values(folder, records, plots))
+    write_file(folder / "report.html", page)
+    return [*plots, folder / "report.html"]
+
+
+def page_values(folder: Path, records: Sequence[dict[str, Any]], plots: Sequence[Path]) -> dict[str, Any]:
+    """What the template shows."""
+    record = read_record(folder)
+    return {
+        "name": record.get("name") or folder.resolve().name,
+        "done": record.get("status") == "done",
+        "headline": headline(record.get("final")),
+        "rows": table_rows(records),
+        "plots": [(*CAPTIONS[path.name], base64.b64encode(path.read_bytes()).decode()) for path in plots],
+        "samples": sample_texts(records),
+        "recipe": (folder / RECIPE).read_text(encoding="utf-8", errors="replace"),
+        "environment": record.get("environment") if isinstance(record.get("environment"), dict) else {},
+        "stages": stage_rows(records),
+        "metrics": METRICS,
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json as a table; empty when there is none yet or it is damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def headline(final: object) -> list[tuple[str, str]]:
+    """(figure, what it is) of the result; empty for a run that is not finished."""
+    if not isinstance(final, dict):
+        return []
+    shown = [
+        (figure(final.get("ppl_ratio"), ".3f"), "student ÷ teacher perplexity"),
+        (figure(final.get("student_ppl"), ".2f"), "student perplexity"),
+        (figure(final.get("teacher_ppl"), ".2f"), "teacher perplexity"),
+        (figure(final.get("kl"), ".4f"), "KL to the teacher, nats per token"),
+        (percent(final.get("agreement")), "same most likely next token"),
+    ]
+    return [(value, meaning) for value, meaning in shown if value != "–"]
+
+
+def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """One row for the teacher and one for the student at each stage, from the latest measurement of each."""
+    latest = {r.get("stage"): r for r in records if r.get("kind") == "eval" and isinstance(r.get("stage"), int | str)}
+    teacher = perplexity(latest.get("teacher", {}))
+    rows = []
+    for stage, title in ROWS.items():
+        if stage in latest:
+            r, ppl = latest[stage], perplexity(latest[stage])
+            ratio = ppl / teacher if ppl is not None and teacher else None
+            of_teacher = stage == "teacher"
+            kl = "–" if of_teacher else figure(r.get("kl"), ".4f")
+            agreement = "–" if of_teacher else percent(r.get("agreement"))
+            rows.append([title, figure(r.get("loss"), ".4f"), figure(ppl, ",.2f"), figure(ratio, ",.3f"), kl, agreement])
+    return rows
+
+
+def stage_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Steps, tokens, last loss and median speed of each trained stage."""
+    rows = []
+    for stage in (1, 2, 3):
+        lines = [r for r in records if r.get("kind") == "train" and r.get("stage") == stage]
+        if lines:
+            last = lines[-1]
+            speeds = sorted(r["tok_s"] for r in lines if number(r.get("tok_s")))
+            speed = speeds[len(speeds) // 2] if speeds else None
+            rows.append([str(stage), *(figure(value, form) for value, form in (
+                (last.get("step"), ",.0f"), (last.get("tokens"), ",.0f"), (last.get("loss"), ".4f"), (speed, ",.0f")
+            ))])  # fmt: skip
+    return rows
+
+
+def sample_texts(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(writer, prompt, text): the teacher, and the student after its last stage."""
+    latest = {r.get("stage"): r for r in records if r.get("kind") == "sample" and isinstance(r.get("stage"), int | str)}
+    student = max((stage for stage in latest if isinstance(stage, int)), default=None)
+    chosen = [stage for stage in ("teacher", student) if stage in latest]
+    return [(ROWS.get(stage, str(stage)), str(latest[stage].get("prompt", "")), str(latest[stage].get("text", ""))) for stage in chosen]
+
+
+def perplexity(record: dict[str, Any]) -> float | None:
+    """Perplexity of an eval record: as it says, or from its loss."""
+    if number(record.get("ppl")):
+        return float(record["ppl"])
+    return math.exp(record["loss"]) if number(record.get("loss")) and record["loss"] < 700 else None
+
+
+def figure(value: object, form: str) -> str:
+    """A number in the given format, a dash when there is none."""
+    return format(value, form) if number(value) else "–"
+
+
+def percent(value: object) -> str:
+    """A share as per cent, a dash when there is none."""
+    return f"{100 * float(value):.1f} %" if isinstance(value, int | float) and number(value) else "–"

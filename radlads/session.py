@@ -1,0 +1,295 @@
+"""Answers as streams of text, and conversations that can be undone, retried and forked.
+
+A session keeps ids, texts and a handful of states; with recurrent layers its memory does not grow with the context.
+Knows only the Engine protocol: no backend, no terminal.
+"""
+
+import copy
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from radlads.engine import Engine, Logits
+from radlads.errors import fail
+from radlads.sampling import PENALTY_WINDOW, Sampling, pick
+from radlads.tokenizer import Message, StreamDecoder, Tokenizer
+
+PREFILL_STEP = 1024  # tokens fed at once, so that the memory for a prompt does not grow with its length
+
+
+class Point(NamedTuple):
+    """The model after `length` tokens: the logits (V,) for the next one, and the state."""
+
+    length: int
+    logits: Logits
+    state: Any
+
+
+class Context:
+    """One sequence of ids and the last few points along it; going back to a kept point costs nothing."""
+
+    KEPT = 4
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._ids: list[int] = []
+        self._points: deque[Point] = deque(maxlen=self.KEPT)
+
+    def reach(self, ids: Sequence[int]) -> tuple[Point, int]:
+        """The point after `ids` (at least one), and how many of them had to be fed."""
+        ids = list(ids)
+        while self._points and not self._leads_to(self._points[-1], ids):
+            self._points.pop()
+        if self._points:
+            length, logits, state = self._points[-1]
+        else:
+            length, logits, state = 0, None, self.engine.start()
+        for first in range(length, len(ids), PREFILL_STEP):
+            logits, state = self.engine.feed(state, ids[first : first + PREFILL_STEP])
+        if logits is None:
+            raise ValueError("no tokens to feed")
+        self._ids = ids
+        point = Point(len(ids), logits, state)
+        if length < len(ids):
+            self._points.append(point)
+        return point, len(ids) - length
+
+    def keep(self, ids: Sequence[int], point: Point) -> None:
+        """Remember a point further along the ids that were reached."""
+        self._ids = list(ids)
+        if not self._points or self._points[-1].length < point.length:
+            self._points.append(point)
+
+    def fork(self) -> "Context":
+        """A second context from here on; the states are shared, as they never change."""
+        twin = Context(self.engine)
+        twin._ids, twin._points = list(self._ids), self._points.copy()
+        return twin
+
+    def _leads_to(self, point: Point, ids: list[int]) -> bool:
+        return point.length <= len(ids) and self._ids[: point.length] == ids[: point.length]
+
+
+class Generation:
+    """One answer being written: iterate over it for pieces of text; its counters are right at every moment.
+
+    `finish` is "stop" (end of text or a stop string), "length" (`max_tokens`), or None while it runs or when interrupted.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        if not prompt_ids:
+            raise fail("R101", where="prompt", why="it is empty, and the model has no begin-of-text token", fix="Give some text with -p")
+        if max_tokens < 1:
+            raise fail("R101", where="--max-tokens", why=f"{max_tokens} is not above 0", fix="Give the number of tokens to write")
+        self.prompt_ids = list(prompt_ids)
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""
+        self.finish: str | None = None
+        self.fed_tokens = 0
+        self.prompt_seconds = 0.0
+        self.seconds = 0.0
+        self._context = context
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._stop = tuple(text for text in stop if text)
+        self._rng = rng or sampling.generator()
+
+    @property
+    def prompt_tps(self) -> float:
+        """Prompt tokens fed per second."""
+        return self.fed_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def generation_tps(self) -> float:
+        """Tokens written per second."""
+        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        began = time.perf_counter()
+        point, self.fed_tokens = self._context.reach(self.prompt_ids)
+        self.prompt_seconds = time.perf_counter() - began
+        pieces = _until_stop(self._pieces(point), self._stop)
+        with closing(pieces):
+            for piece in pieces:
+                self.text += piece
+                yield piece
+        if self.finish is None:
+            self.finish = "stop"  # a stop string ended it
+
+    def _pieces(self, point: Point) -> Iterator[str]:
+        decoder = StreamDecoder(self._tokenizer, self.prompt_ids)
+        engine, eos_ids = self._context.engine, self._tokenizer.eos_ids
+        began = time.perf_counter()
+        recent = deque(self.prompt_ids[-PENALTY_WINDOW:], maxlen=PENALTY_WINDOW)
+        try:
+            while self.finish is None:
+                token, logprob = pick(point.logits, self._sampling, self._rng, list(recent))
+                if token in eos_ids:
+                    self.finish = "stop"
+                    break
+                self.token_ids.append(token)
+                self.logprobs.append(logprob)
+                recent.append(token)
+                if len(self.token_ids) == self._max_tokens:
+                    self.finish = "length"
+                else:
+                    point = Point(point.length + 1, *engine.feed(point.state, [token]))
+                self.seconds = time.perf_counter() - began
+                yield decoder.add(token)
+            yield decoder.finish()
+        finally:
+            self._context.keep(self.prompt_ids + self.token_ids, point)
+
+
+def stream(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+) -> Generation:
+    """Continue `prompt_ids`: iterate over the result for pieces of text."""
+    return Generation(Context(engine), tokenizer, prompt_ids, sampling, max_tokens, stop)
+
+
+@dataclass
+class Turn:
+    """One exchange, and the length of ids and text before it."""
+
+    said: str
+    answer: str
+    ids_before: int
+    text_before: int
+
+
+@dataclass
+class Session:
+    """A conversation with a model: by its chat template, or as one growing text where it has none."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 256
+    system: str | None = None
+    turns: list[Turn] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    text: str = ""  # what `ids` stand for, as far as it was shown
+    last: Generation | None = None
+
+    def __post_init__(self) -> None:
+        self.context = Context(self.engine)
+        self.rng = self.sampling.generator()
+        if self.system:
+            self.set_system(self.system)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the conversation is one growing text, as the model has no chat template."""
+        return not self.tokenizer.has_chat_template
+
+    def say(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to `text`. Closing the iterator early keeps what was written as the answer."""
+        ids, prompt = self._prompt(text)
+        generation = Generation(self.context, self.tokenizer, ids, self.sampling, self.max_tokens, rng=self.rng)
+        self.last = generation
+        try:
+            yield from generation
+        finally:
+            if generation.token_ids or generation.finish:
+                self.turns.append(Turn(text, generation.text, len(self.ids), len(self.text)))
+                self.ids = ids + generation.token_ids
+                self.text = prompt + generation.text
+
+    def undo(self) -> Turn:
+        """Take back the last exchange and return it; R101 when there is none."""
+        if not self.turns:
+            raise fail("R101", where="/undo", why="nothing was said yet", fix="Say something first")
+        turn = self.turns.pop()
+        del self.ids[turn.ids_before :]
+        self.text = self.text[: turn.text_before]
+        return turn
+
+    def retry(self) -> Iterator[str]:
+        """Pieces of another answer to the last thing said."""
+        return self.say(self.undo().said)
+
+    def fork(self) -> "Session":
+        """A second conversation from this point on; neither sees what is said in the other."""
+        twin = copy.copy(self)
+        twin.turns, twin.ids = list(self.turns), list(self.ids)
+        twin.context, twin.rng = self.context.fork(), copy.deepcopy(self.rng)
+        return twin
+
+    def reset(self) -> None:
+        """Forget everything said; the system prompt and the settings stay."""
+        self.turns, self.ids, self.text, self.last = [], [], "", None
+
+    def set_system(self, text: str) -> None:
+        """Set the system prompt of this conversation; R101 for a model without a chat template."""
+        if self.plain:
+            why = "the model has no chat template, so a system prompt has no place"
+            raise fail("R101", where="system prompt", why=why, fix="Put the instructions into the prompt")
+        self.system = text or None
+
+    def set_sampling(self, sampling: Sampling) -> None:
+        """Change how tokens are chosen; a new seed starts its random numbers afresh."""
+        if sampling.seed != self.sampling.seed:
+            self.rng = sampling.generator()
+        self.sampling = sampling
+
+    def _prompt(self, said: str) -> tuple[list[int], str]:
+        """Ids and text of everything up to the answer to `said`."""
+        if self.plain:
+            joint = "\n" if self.text and not self.text[-1].isspace() else ""
+            full = self.text + joint + said
+        else:
+            full = self.tokenizer.chat(self._messages(said))
+        if self.ids and full.startswith(self.text):
+            return self.ids + self.tokenizer.encode(full[len(self.text) :]), full
+        # The template rewrote an earlier message (or this is the first): read the whole text again.
+        return self.tokenizer.encode(full, add_special=self.plain), full
+
+    def _messages(self, said: str) -> list[Message]:
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            messages += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.answer}]
+        return [*messages, {"role": "user", "content": said}]
+
+
+def _until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """The pieces up to the first stop string; text that may begin one is held back until it is certain."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        ends = [at for at in (held.find(text) for text in stop) if at >= 0]
+        if ends:
+            held = held[: min(ends)]
+            break
+        safe = len(held) - max((_overlap(held, text) for text in stop), default=0)
+        if safe:
+            yield held[:safe]
+            held = held[safe:]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
