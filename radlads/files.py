@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,8 +20,10 @@ from typing import Any, BinaryIO, NoReturn
 
 from radlads.errors import RadladsError, fail
 
-JSON_LIMIT = 16 * 2**20
+JSON_LIMIT = 4 * 2**20
 JSON_DEPTH = 64
+# Bounds on what parsing can allocate, far above the largest model's header.
+JSON_COUNTS = {b"{": 400_000, b"[": 800_000, b",": 4_000_000}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,7 +67,9 @@ def read_json(path: Path | str, *, code: str = "R204", limit: int = JSON_LIMIT) 
 
 
 def parse_json(data: bytes, parse_int: Any = int) -> Any:
-    """Value of UTF-8 JSON without the liberties of `json`: ValueError for a key given twice, NaN or infinity."""
+    """Value of UTF-8 JSON without the liberties of `json`: ValueError for a key given twice, NaN, infinity, or too many items."""
+    if any(data.count(sign) > limit for sign, limit in JSON_COUNTS.items()):
+        raise ValueError("it has too many items")
     try:
         return json.loads(
             data.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_int=parse_int
@@ -204,18 +209,19 @@ def reason(error: Exception) -> str:
 def make_parent(final: Path) -> None:
     """Make the folder that will hold `final`, and clear what killed writers of the same name left there."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    old = [path for path in final.parent.iterdir() if path.name.startswith(f".{final.name}.") and ".partial" in path.name]
-    for path in old:
-        remove_abandoned(path, final)
+    leftover = re.compile(rf"\.{re.escape(final.name)}\.(new|old)\.[0-9a-f]{{8}}\.partial{re.escape(final.suffix)}")
+    for path in list(final.parent.iterdir()):
+        if match := leftover.fullmatch(path.name):
+            remove_abandoned(path, final, match[1])
 
 
-def remove_abandoned(path: Path, final: Path) -> None:
-    """Remove a leftover whose writer is gone; its lock would be held otherwise."""
+def remove_abandoned(path: Path, final: Path, kind: str) -> None:
+    """Remove a leftover ("new" or "old") whose writer is gone; its lock would be held otherwise."""
     with suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if ".old." in path.name and not os.path.lexists(final):
+            if kind == "old" and not os.path.lexists(final):
                 os.rename(path, final)  # killed between the two renames of an overwrite: the old folder is the only one
             elif path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,8 @@
 """The pictures of a run as PNG files, drawn from its metrics with matplotlib (imported here and nowhere else)."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy.typing as npt
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from radlads.files import new_file
@@ -17,12 +20,12 @@ Record = dict[str, Any]
 Array = npt.NDArray[np.float64]
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart.
-BLUE, ORANGE, GREEN, PINK, INK, SOFT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#1f2933", "#7b8794"
+BLUE, ORANGE, GREEN, INK, SOFT = "#0072B2", "#D55E00", "#009E73", "#1f2933", "#7b8794"
 STAGE_COLOUR = {0: SOFT, 1: ORANGE, 2: BLUE, 3: GREEN}
 STAGE_NAME = {0: "before training", 1: "stage 1", 2: "stage 2", 3: "stage 3"}
 LOSS_TITLE = {
     1: ("Stage 1: align mixers", "distance per token, ‖t − s‖ / √D"),
-    2: ("Stage 2: distil logits", "KL to the teacher, nats per token"),
+    2: ("Stage 2: distill logits", "KL to the teacher, nats per token"),
     3: ("Stage 3: language model", "cross-entropy, nats per token"),
 }
 STYLE = {
@@ -83,8 +86,7 @@ def draw_loss(records: Sequence[Record]) -> Figure | None:
     if not curves:
         return None
     width = 7.2 if len(curves) == 1 else 4.2 * len(curves)
-    figure = Figure(figsize=(width, 3.7), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)
+    figure = Figure(figsize=(width, 3.7), layout=ConstrainedLayoutEngine(w_pad=0.12))
     for index, (stage, (x, y)) in enumerate(curves.items(), 1):
         axes = figure.add_subplot(1, len(curves), index)
         title, unit = LOSS_TITLE[stage]
@@ -92,18 +94,20 @@ def draw_loss(records: Sequence[Record]) -> Figure | None:
         smooth = running_mean(y, max(1, len(y) // 40))
         axes.plot(x, y, color=colour, alpha=0.28, linewidth=0.8)
         axes.plot(x, smooth, color=colour, linewidth=2.2)
-        axes.plot(x[-1], smooth[-1], "o", color=colour, markersize=5)
-        note(axes, x[-1], smooth[-1], f"{smooth[-1]:.3g}", colour)
+        axes.plot(x[-1], smooth[-1], "o", color=colour, markersize=5, clip_on=False)
         axes.set_title(title)
         axes.set_ylabel(unit)
         tokens_axis(axes, x[-1])
         value_axis(axes, y)
+        label_ends(axes, [(float(smooth[-1]), f"{smooth[-1]:.3g}", colour)])
     return figure
 
 
 def draw_layers(records: Sequence[Record]) -> Figure | None:
     """Alignment error of each layer over the tokens of stage 1, coloured by depth."""
-    rows = [r for r in records if r.get("kind") == "train" and numbers(r.get("layer_error")) is not None and number(r.get("tokens"))]
+    rows = [
+        r for r in records if r.get("kind") == "train" and numbers(r.get("layer_error")) is not None and number(r.get("tokens"))
+    ]
     layers = max((len(r["layer_error"]) for r in rows), default=0)
     rows = [r for r in rows if len(r["layer_error"]) == layers]
     if not layers or not rows:
@@ -112,7 +116,7 @@ def draw_layers(records: Sequence[Record]) -> Figure | None:
     errors = np.array([numbers(r["layer_error"]) for r in rows], np.float64)
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    colours = colormaps["viridis"](np.linspace(0.0, 0.88, layers))
+    colours = colormaps["viridis"](np.linspace(0.0, 0.82, layers))
     smooth = np.stack([running_mean(errors[:, layer], max(1, len(x) // 40)) for layer in range(layers)], 1)
     for layer in range(layers):
         axes.plot(x, smooth[:, layer], color=colours[layer], linewidth=2 if layers <= 12 else 1.2)
@@ -128,7 +132,11 @@ def draw_layers(records: Sequence[Record]) -> Figure | None:
 
 def draw_positions(records: Sequence[Record]) -> Figure | None:
     """KL from teacher to student at each position of the context, one line for each stage."""
-    latest = {r["stage"]: numbers(r.get("kl_by_position")) for r in records if r.get("kind") == "eval" and r.get("stage") in STAGE_NAME}
+    latest = {
+        r["stage"]: numbers(r.get("kl_by_position"))
+        for r in records
+        if r.get("kind") == "eval" and isinstance(r.get("stage"), int) and r["stage"] in STAGE_NAME
+    }
     curves = {stage: kl for stage, kl in sorted(latest.items()) if kl is not None and len(kl) > 1}
     if not curves:
         return None
@@ -166,7 +174,7 @@ def curve(records: Sequence[Record], stage: int, key: str) -> tuple[Array, Array
 
 def number(value: object) -> bool:
     """Whether a value from a record is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def numbers(value: object) -> Array | None:
@@ -177,14 +185,16 @@ def numbers(value: object) -> Array | None:
 
 
 def running_mean(values: Array, reach: int) -> Array:
-    """Mean over `reach` values to each side, fewer at the ends; NaN counts as absent."""
+    """Mean over `reach` values to each side; NaN counts as absent.
+
+    The window stays symmetric at the start, where losses fall fast, and becomes one-sided at the end, where they are flat.
+    """
     present = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(present, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(present)])
     index = np.arange(len(values))
-    # Equal reach on both sides, so that the mean does not lag or lead near the ends.
-    span = np.minimum(np.minimum(index, len(values) - 1 - index), reach)
-    low, high = index - span, index + span + 1
+    low = index - np.minimum(index, reach)
+    high = index + np.minimum(np.minimum(index, reach), len(values) - 1 - index) + 1
     count = counts[high] - counts[low]
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
@@ -192,8 +202,9 @@ def running_mean(values: Array, reach: int) -> Array:
 def pooled(values: Array, bins: int = 40) -> tuple[Array, Array]:
     """(position from 1, mean) over windows that grow with the position, as a logarithmic axis shows them."""
     edges = np.unique(np.round(np.geomspace(1, len(values) + 1, bins + 1)).astype(int))
-    centres = [float(np.sqrt(low * (high - 1))) for low, high in zip(edges[:-1], edges[1:], strict=True)]
-    means = [float(np.nanmean(values[low - 1 : high - 1])) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    centres = [math.sqrt(low * (high - 1)) for low, high in pairwise(edges)]
+    windows = [values[low - 1 : high - 1] for low, high in pairwise(edges)]
+    means = [window[np.isfinite(window)].mean() if np.isfinite(window).any() else math.nan for window in windows]
     return np.array(centres), np.array(means)
 
 
@@ -203,7 +214,7 @@ def tokens_axis(axes: Axes, last: float) -> None:
     axes.set_xlabel(f"{name}tokens trained on")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlim(0, last)
+    axes.set_xlim(0, max(last, 1))
 
 
 def value_axis(axes: Axes, values: Array) -> None:
@@ -219,30 +230,25 @@ def value_axis(axes: Axes, values: Array) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def note(axes: Axes, x: float, y: float, text: str, colour: Any) -> None:
-    """Write `text` above the point."""
-    axes.annotate(text, (x, y), (-4, 12), textcoords="offset points", ha="right", color=colour, fontweight="bold")
-
-
 def label_ends(axes: Axes, texts: list[tuple[float, str, Any]]) -> None:
-    """Name each line at its right end; names that would touch are pushed apart."""
+    """Name each line at its right end: (value, text, colour); names that would touch are moved apart."""
     figure = axes.get_figure()
     figure.draw_without_rendering()
-    transform = axes.transData
-    low, high = axes.get_ylim()
-    bottom, top = transform.transform((1, low))[1], transform.transform((1, high))[1]
-    gap = 13 * figure.dpi / 72
     ordered = sorted((t for t in texts if np.isfinite(t[0])), key=lambda t: t[0])
-    places: list[float] = []
-    for value, _, _ in ordered:
-        place = transform.transform((1, max(value, low)))[1]
-        places.append(max(place, places[-1] + gap) if places else place)
-    overflow = max(0.0, places[-1] - top) if places else 0.0
-    for index in range(len(places) - 1, -1, -1):
-        ceiling = top if index == len(places) - 1 else places[index + 1] - gap
-        places[index] = min(places[index], ceiling) if overflow else places[index]
-    for place, (_, text, colour) in zip(places, ordered, strict=True):
-        share = (place - bottom) / (top - bottom)
-        axes.annotate(
-            text, (1, share), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=colour, fontsize=10
-        )
+    heights = [axes.transAxes.inverted().transform(axes.transData.transform((1, value)))[1] for value, _, _ in ordered]
+    gap = 13 * figure.dpi / 72 / axes.get_window_extent().height
+    for height, (_, text, colour) in zip(spread(heights, gap), ordered, strict=True):
+        style = {"va": "center", "color": colour, "fontsize": 10}
+        axes.annotate(text, (1, height), (7, 0), xycoords="axes fraction", textcoords="offset points", **style)
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """The places nearest to ascending `heights` that are at least `gap` apart (isotonic regression)."""
+    blocks: list[list[float]] = []
+    for index, height in enumerate(heights):
+        block = [height - index * gap]
+        while blocks and sum(blocks[-1]) / len(blocks[-1]) > sum(block) / len(block):
+            block = blocks.pop() + block
+        blocks.append(block)
+    means = [sum(block) / len(block) for block in blocks for _ in block]
+    return [mean + index * gap for index, mean in enumerate(means)]

@@ -11,8 +11,19 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+import yaml  # type: ignore[import-untyped]
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from radlads.errors import RadladsError, fail
@@ -146,7 +157,7 @@ class Stage(Part):
 
     @field_validator("micro_batch")
     @classmethod
-    def _whole_micro_batches(cls, micro: int, info: Any) -> int:
+    def _whole_micro_batches(cls, micro: int, info: ValidationInfo) -> int:
         batch = info.data.get("batch_size", micro)
         if micro and batch % micro:
             raise ValueError(f"{micro} does not divide batch_size {batch}")
@@ -181,12 +192,14 @@ class Stage(Part):
 class Recipe(Part):
     """A whole run. A conversion names a `teacher` (and a `student`); `init` instead trains a new teacher from random weights.
 
-    Relative paths are meant from the working directory.
+    `tokenizer` is the new teacher's: a tokenizer.json or a folder that holds one. Relative paths are meant from the working
+    directory, or else name a file of the demo in the package.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     teacher: str | None = None
     init: Annotated[dict[str, Any], AfterValidator(known_fields(ModelSpec, without=NOT_IN_INIT))] | None = None
+    tokenizer: str | None = None
     student: Student | None = None
     data: Data
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 1337
@@ -223,6 +236,8 @@ class Recipe(Part):
             raise ValueError("exactly one of teacher (to convert) and init (to train a new teacher) must be given")
         if self.init is not None and (self.student is not None or kinds != ["lm"]):
             raise ValueError("with init there is no student, and the only stage is lm")
+        if (self.init is None) != (self.tokenizer is None):
+            raise ValueError("a new teacher (init) needs a tokenizer; a conversion uses the teacher's")
         return self
 
     def init_spec(self) -> ModelSpec:
@@ -239,7 +254,7 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads back."""
-        return yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True)
+        return str(yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True))
 
 
 def recipe_names() -> list[str]:
@@ -257,12 +272,16 @@ def load_recipe(name_or_path: str | Path | None = None, overrides: Sequence[str]
     base = document.values.pop("base", None)
     if base is not None:
         if not isinstance(base, str):
-            raise fail("R102", where=document.place("base"), why="base must be the name or path of one recipe", fix="Name one recipe")
+            raise fail(
+                "R102", where=document.place("base"), why="base must be the name or path of one recipe", fix="Name one recipe"
+            )
         beside = document.path.parent / base
         parent = read_document(beside if beside.is_file() else find_recipe(base))
         if "base" in parent.values:
-            raise fail("R102", where=document.place("base"), why=f"{base} has a base of its own", fix="Build on a recipe without a base")
-        document.values = merge(parent.values, document.values)
+            raise fail(
+                "R102", where=document.place("base"), why=f"{base} has a base of its own", fix="Build on a recipe without a base"
+            )
+        document = Document(document.path, merge(parent.values, document.values), document.lines, parent)
     wanted = [apply_override(document.values, text) for text in overrides]
     try:
         return Recipe.model_validate(document.values)
@@ -279,7 +298,12 @@ def find_recipe(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    raise fail("R101", where=name, why=f"there is no such file and no such recipe{nearest(name, names)}", fix=f"Give a file or one of: {', '.join(names)}")
+    raise fail(
+        "R101",
+        where=name,
+        why=f"there is no such file and no such recipe{nearest(name, names)}",
+        fix=f"Give a file or one of: {', '.join(names)}",
+    )
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -297,30 +321,32 @@ def apply_override(values: dict[str, Any], text: str) -> tuple[str | int, ...]:
     where = f"--set {text}"
     if not sign or not key.strip():
         raise fail("R101", where=where, why="it has not the form key=value", fix="Write for example `--set stages.0.lr=1e-3`")
-    path: list[str | int] = []
-    target: Any = values
-    names = key.strip().split(".")
-    for depth, name in enumerate(names):
-        if isinstance(target, list):
-            if not (name.isascii() and name.isdigit() and int(name) < len(target)):
-                raise fail("R101", where=where, why=f"{'.'.join(names[:depth])} has no entry {name!r}", fix=f"Use 0 to {len(target) - 1}")
-            path.append(int(name))
-        else:
-            allowed = keys_at(tuple(path))
-            if not allowed:
-                raise fail("R101", where=where, why=f"{'.'.join(names[:depth])} holds no table of settings", fix="Set it as a whole")
-            if name not in allowed:
-                raise fail("R101", where=where, why=unknown_key(name, allowed), fix=f"Use one of: {', '.join(allowed)}")
-            path.append(name)
-        if depth == len(names) - 1:
-            target[path[-1]] = parse_value(raw, where)
-        elif isinstance(target, list):
-            target = target[path[-1]]
-        else:
-            if not isinstance(target.get(name), dict | list):
-                target[name] = {}
-            target = target[name]
-    return tuple(path)
+    path: tuple[str | int, ...] = ()
+    table: Any = values
+    *above, last = key.strip().split(".")
+    for name in above:
+        step = checked_step(table, path, name, where)
+        if isinstance(step, str) and not isinstance(table.get(step), dict | list):
+            table[step] = {}
+        table, path = table[step], (*path, step)
+    step = checked_step(table, path, last, where)
+    table[step] = parse_value(raw, where)
+    return (*path, step)
+
+
+def checked_step(table: Any, path: tuple[str | int, ...], name: str, where: str) -> str | int:
+    """Key or index in the table or list at `path` that `name` means. Raises R101 when the recipe has no such place."""
+    here = ".".join(map(str, path))
+    if isinstance(table, list):
+        if not (name.isascii() and name.isdigit() and int(name) < len(table)):
+            raise fail("R101", where=where, why=f"{here} has no entry {name!r}", fix=f"Use 0 to {len(table) - 1}")
+        return int(name)
+    allowed = keys_at(path)
+    if not allowed:
+        raise fail("R101", where=where, why=f"{here} holds no table of settings", fix="Set it as a whole")
+    if name not in allowed:
+        raise fail("R101", where=where, why=unknown_key(name, allowed), fix=f"Use one of: {', '.join(allowed)}")
+    return name
 
 
 def keys_at(path: tuple[str | int, ...]) -> list[str]:
@@ -379,6 +405,6 @@ def unknown_key(key: str, allowed: list[str]) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """", nearest is 'x'" when a name is near, else nothing."""
+    """The words ", nearest is 'x'" when a name is near, else none."""
     close = get_close_matches(name[:80], names, 1, 0.5)
     return f", nearest is {close[0]!r}" if close else ""

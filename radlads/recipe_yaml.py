@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from radlads.errors import RadladsError, fail
 
@@ -36,7 +36,9 @@ class Document:
     lines: dict[tuple[str | int, ...], int]
 
     def place(self, *path: str | int) -> str:
-        """"file:line: a.0.b" of a key, or of the nearest key above it that the file holds."""
+        """Where a key stands, as "file:line: a.0.b": in the file, else in its base, else the nearest key above it."""
+        if path not in self.lines and self.base is not None and path in self.base.lines:
+            return self.base.place(*path)
         known = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
         line = "" if known is None else f":{self.lines[known]}"
         return f"{self.path}{line}" + (f": {'.'.join(map(str, path))}" if path else "")

@@ -20,11 +20,20 @@ from radlads.runs import METRICS, RECIPE, RECORD, read_metrics
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 CAPTIONS = {
-    "loss.png": ("Training loss", "Each step is thin, the running mean thick. The three losses have different units."),
-    "layers.png": ("Alignment by layer", "How far each new mixer is from the attention it replaces; layer 0 is next to the embedding."),
+    "loss.png": ("Training loss", "Each step is thin, the running mean thick. Every loss has its own unit."),
+    "layers.png": (
+        "Alignment by layer",
+        "How far each new mixer is from the attention it replaces; layer 0 is next to the embedding.",
+    ),
     "positions.png": ("Distance by position", "A state that forgets shows as a line that rises to the right."),
 }
-ROWS = {"teacher": "Teacher", 0: "Student, before training", 1: "Student after stage 1", 2: "Student after stage 2", 3: "Student after stage 3"}
+ROWS = {
+    "teacher": "Teacher",
+    0: "Student, before training",
+    1: "Student after stage 1",
+    2: "Student after stage 2",
+    3: "Student after stage 3",
+}
 
 
 def write_report(run_folder: str | Path) -> list[Path]:
@@ -120,7 +129,10 @@ def sample_texts(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]
     latest = {r.get("stage"): r for r in records if r.get("kind") == "sample" and isinstance(r.get("stage"), int | str)}
     student = max((stage for stage in latest if isinstance(stage, int)), default=None)
     chosen = [stage for stage in ("teacher", student) if stage in latest]
-    return [(ROWS.get(stage, str(stage)), str(latest[stage].get("prompt", "")), str(latest[stage].get("text", ""))) for stage in chosen]
+    return [
+        (ROWS.get(stage, str(stage)), str(latest[stage].get("prompt", "")), str(latest[stage].get("text", "")))
+        for stage in chosen
+    ]
 
 
 def perplexity(record: dict[str, Any]) -> float | None:

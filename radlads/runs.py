@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -42,10 +43,15 @@ class Run:
 
     def close(self) -> None:
         """Let go of the folder."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        self._close_metrics()
         self._lock.close()
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            # What could not be flushed has been reported by `log` already.
+            with suppress(OSError):
+                self._metrics.close()
+            self._metrics = None
 
     def stage_folder(self, number: int) -> Path:
         """Model folder that stage `number` leaves behind."""
@@ -61,7 +67,9 @@ class Run:
             self._metrics.flush()
         except OSError as error:
             code = "R402" if error.errno == errno.ENOSPC else "R401"
-            raise fail(code, where=self.path / METRICS, why=str(error.strerror), fix="Make room and run it again: it resumes") from None
+            raise fail(
+                code, where=self.path / METRICS, why=str(error.strerror), fix="Make room and run it again: it resumes"
+            ) from None
 
     def record(self) -> dict[str, Any]:
         """What run.json holds; its "status" is "running" or "done". Empty when there is none that can be read."""
@@ -80,9 +88,7 @@ class Run:
 
         A record with a stage but no step stands at the end of its stage; records of the teacher stay.
         """
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        self._close_metrics()
         kept = [record for record in self.metrics() if when(record) <= (stage, step)]
         write_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
@@ -94,8 +100,8 @@ class Run:
         return self._record("done", stages=stages, final=final, model="model", **more)
 
     def _record(self, status: str, **more: Any) -> dict[str, Any]:
-        record = plain({"schema": 1, "name": self.recipe.name, "status": status, "recipe_sha256": self.recipe.fingerprint()})
-        record |= plain({**more, "environment": environment()})
+        about = {"schema": 1, "name": self.recipe.name, "status": status, "recipe_sha256": self.recipe.fingerprint()}
+        record: dict[str, Any] = plain({**about, **more, "environment": environment()})
         write_file(self.path / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
         return record
 
@@ -120,7 +126,9 @@ def begin_run(path: str | Path, recipe: Recipe, resume: Literal["auto", "never"]
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise fail("R303", where=folder, why="another process is training there", fix="Wait for it or give another folder") from None
+        raise fail(
+            "R303", where=folder, why="another process is training there", fix="Wait for it or give another folder"
+        ) from None
     try:
         run = Run(folder, recipe, begun, lock)
         if begun:
@@ -162,7 +170,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Records of a run's metrics.jsonl; a last line cut short by a kill is left out. Raises R304 for other damage."""
     path = Path(folder) / METRICS
     try:
-        *lines, torn = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -218,4 +226,10 @@ def environment() -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {**found, "platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count(), "byteorder": sys.byteorder}
+    return {
+        **found,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "byteorder": sys.byteorder,
+    }

@@ -124,13 +124,27 @@ class Generation:
         began = time.perf_counter()
         point, self.fed_tokens = self._context.reach(self.prompt_ids)
         self.prompt_seconds = time.perf_counter() - began
-        pieces = _until_stop(self._pieces(point), self._stop)
-        with closing(pieces):
-            for piece in pieces:
+        with closing(self._pieces(point)) as pieces, closing(self._until_stop(pieces)) as shown:
+            for piece in shown:
                 self.text += piece
                 yield piece
-        if self.finish is None:
-            self.finish = "stop"  # a stop string ended it
+
+    def _until_stop(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces up to the first stop string; text that may begin one is held back until it is certain."""
+        held = ""
+        for piece in pieces:
+            held += piece
+            ends = [at for at in (held.find(text) for text in self._stop) if at >= 0]
+            if ends:
+                held = held[: min(ends)]
+                self.finish = "stop"
+                break
+            safe = len(held) - max((_overlap(held, text) for text in self._stop), default=0)
+            if safe:
+                yield held[:safe]
+                held = held[safe:]
+        if held:
+            yield held
 
     def _pieces(self, point: Point) -> Iterator[str]:
         decoder = StreamDecoder(self._tokenizer, self.prompt_ids)
@@ -271,23 +285,6 @@ class Session:
         for turn in self.turns:
             messages += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.answer}]
         return [*messages, {"role": "user", "content": said}]
-
-
-def _until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces up to the first stop string; text that may begin one is held back until it is certain."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        ends = [at for at in (held.find(text) for text in stop) if at >= 0]
-        if ends:
-            held = held[: min(ends)]
-            break
-        safe = len(held) - max((_overlap(held, text) for text in stop), default=0)
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
 
 
 def _overlap(text: str, stop: str) -> int:

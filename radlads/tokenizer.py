@@ -18,7 +18,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import Tokenizer as FastTokenizer
 
 from radlads.errors import RadladsError, fail
+from radlads.files import read_bytes, read_json
+from radlads.tensors import contained
 
+END_OF_TEXT = "<|endoftext|>"
 MAX_TOKENIZER_BYTES = 256 * 2**20
 MAX_TEMPLATE_BYTES = 2**20
 MAX_PROMPT_CHARS = 10 * 2**20
@@ -57,9 +60,19 @@ class Tokenizer:
                 del ids[0]
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens; uses every core."""
+        return [encoded.ids for encoded in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; ids without a token (padding rows of the embedding) give nothing."""
         return self._fast.decode(list(ids), skip_special_tokens=skip_special)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document in training data: <|endoftext|> where there is one, for a chat model's own ends a turn."""
+        end_of_text = self._fast.token_to_id(END_OF_TEXT)
+        return min(self.eos_ids, default=None) if end_of_text is None else end_of_text
 
     @property
     def has_chat_template(self) -> bool:
@@ -123,11 +136,11 @@ class StreamDecoder:
     """
 
     CONTEXT = 8  # ids decoded again in front of the new one
-    PATIENCE = 4  # a character has at most four bytes, so longer than four tokens it is no character
+    PATIENCE = 8  # a character has at most four bytes, so what stays broken for eight tokens is no character
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._decode = tokenizer.decode
-        self._ids = list(context)[-self.CONTEXT :]
+        self._ids = list(context[-self.CONTEXT :])
         self._read = len(self._ids)
 
     def add(self, token: int) -> str:
@@ -161,22 +174,17 @@ def _load_fast(file: Path) -> FastTokenizer:
 
 def _read_text(file: Path, limit: int) -> str:
     try:
-        if file.stat().st_size > limit:
-            raise _unusable(file, f"larger than {limit // 2**20} MiB")
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise _unusable(file, error.strerror or str(error)) from None
+        return read_bytes(contained(file.parent, file.name), limit).decode("utf-8")
+    except RadladsError as error:
+        raise _unusable(file, error.why) from None
     except UnicodeDecodeError as error:
         raise _unusable(file, f"not UTF-8 at byte {error.start}") from None
 
 
 def _read_table(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not file.exists():
         return {}
-    try:
-        table = json.loads(_read_text(file, MAX_TOKENIZER_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise _unusable(file, f"not JSON: {error}") from None
+    table = read_json(contained(file.parent, file.name), code="R206")
     if not isinstance(table, dict):
         raise _unusable(file, "it holds no table of settings")
     return table

@@ -15,13 +15,13 @@ MAX_LINE = 16 << 20
 PIECE = 1 << 20
 KINDS = (".txt", ".jsonl")
 OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
-    ".xz": lambda raw: cast(IO[bytes], lzma.open(raw)),
-    ".gz": lambda raw: cast(IO[bytes], gzip.open(raw)),
+    ".xz": lambda raw: cast(IO[bytes], lzma.LZMAFile(raw)),
+    ".gz": lambda raw: cast(IO[bytes], gzip.GzipFile(fileobj=raw)),
 }
 
 
 def kind_of(path: Path) -> str:
-    """".txt" or ".jsonl", by the file's name without .xz or .gz. Raises R301 for anything else."""
+    """Kind of a file, ".txt" or ".jsonl", by its name without .xz or .gz. Raises R301 for anything else."""
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in KINDS:
         raise bad(path, f"a name ending in {kind!r} is not known", "Use .txt or .jsonl, also with .xz or .gz")
@@ -96,7 +96,7 @@ def read_lines(path: Path, progress: Callable[[int], None]) -> Iterator[tuple[in
     number = 0
     try:
         with path.open("rb") as raw:
-            stream = OPENERS.get(path.suffix, lambda plain: plain)(raw)
+            stream = OPENERS[path.suffix](raw) if path.suffix in OPENERS else raw
             while data := stream.readline(MAX_LINE + 1):
                 number += 1
                 yield number, decode(data, number, f"{path}:{number}")

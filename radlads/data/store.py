@@ -19,7 +19,9 @@ from radlads.files import new_folder, sha256, write_file
 TOKENS, HEADER = "tokens.bin", "store.json"
 # Characters handed to the tokenizer at once.
 BATCH = 4 << 20
-PROBE = "Aa zZ 0123 .,;:!?'\"()[]{}<>|\\/@#$%^&*-_=+~`\n\t  \n\nthe quick brown fox äöüß éèê 中文 日本語 한국어 русский العربية 🙂🚀"
+PROBE = (
+    "Aa zZ 0123 .,;:!?'\"()[]{}<>|\\/@#$%^&*-_=+~`\n\t  \n\nthe quick brown fox äöüß éèê 中文 日本語 한국어 русский العربية 🙂🚀"
+)
 
 
 class TokenizerLike(Protocol):
@@ -43,7 +45,9 @@ class TokenStore:
         size = (self.path / TOKENS).stat().st_size if (self.path / TOKENS).is_file() else -1
         dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         if size != self.header["tokens"] * dtype.itemsize:
-            raise fail("R301", where=self.path / TOKENS, why="its size differs from what store.json says", fix="Prepare the data again")
+            raise fail(
+                "R301", where=self.path / TOKENS, why="its size differs from what store.json says", fix="Prepare the data again"
+            )
         self.tokens: npt.NDArray[np.unsignedinteger[Any]] = np.memmap(self.path / TOKENS, dtype, "r")
 
     def __len__(self) -> int:
@@ -168,8 +172,13 @@ def read_header(folder: Path) -> dict[str, Any]:
     """Checked `store.json` of a store. Raises R301."""
     path = folder / HEADER
     try:
-        header = json.loads(path.read_bytes())
-        usable = header["schema"] == 1 and header["dtype"] in ("uint16", "uint32") and type(header["tokens"]) is int and header["tokens"] > 0
+        header: dict[str, Any] = json.loads(path.read_bytes())
+        usable = (
+            header["schema"] == 1
+            and header["dtype"] in ("uint16", "uint32")
+            and type(header["tokens"]) is int
+            and header["tokens"] > 0
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         usable = False
     if not usable:

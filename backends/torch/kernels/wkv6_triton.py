@@ -28,7 +28,7 @@ def wkv6_pairs(q, k, x, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexp
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv6_intra_kernel(q, log_w, k, pairs, cu_seqlens, chunk_seq, chunk_start, T, NT, H, HK, scale,
                       N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
                       CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
@@ -59,7 +59,7 @@ def wkv6_intra_kernel(q, log_w, k, pairs, cu_seqlens, chunk_seq, chunk_start, T,
     tl.store(pairs + (chunk * H + h).to(tl.int64) * C * C + row[:, None] * C + row[None, :], scores.to(DOT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv6_scan_kernel(q, log_w, k, v, pairs, state_in, out, checkpoint, state_out, cu_seqlens, chunk_start,
                      T, NT, H, HK, scale,
                      N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr,
@@ -116,7 +116,7 @@ def wkv6_scan_kernel(q, log_w, k, v, pairs, state_in, out, checkpoint, state_out
     tl.store(state_out + corner, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv6_reverse_kernel(q, log_w, d_out, d_state_out, d_checkpoint, d_state_in, cu_seqlens, chunk_start,
                         T, NT, H, scale,
                         N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
@@ -163,7 +163,7 @@ def wkv6_reverse_kernel(q, log_w, d_out, d_state_out, d_checkpoint, d_state_in, 
         tl.store(d_state_in + corner, d_state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv6_grad_kernel(q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, dv,
                      cu_seqlens, chunk_seq, chunk_start, T, NT, H, HK, scale,
                      N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,

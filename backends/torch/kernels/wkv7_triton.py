@@ -37,7 +37,7 @@ def wkv7_inverse(A, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
     return inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu_seqlens, chunk_seq, chunk_start, T, NT, H, scale,
                       N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
                       CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
@@ -94,7 +94,7 @@ def wkv7_half_decay(x, row, C: tl.constexpr, LATE: tl.constexpr):
     return decay_exp(tl.sum(tl.where(mine[:, None], x.to(tl.float32), 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, out, u_out, checkpoint, state_out,
                      cu_seqlens, chunk_start, T, NT, H, HV, scale,
                      N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
@@ -129,13 +129,6 @@ def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, ou
         state = tl.load(state_in + corner, mask=inside, other=0.0)
     for _ in range(0, tl.cdiv(length, C)):
         x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
-        rq = tile_load(r + base, row, col, length, stride, N) * scale
-        aq = tile_load(a + base, row, col, length, stride, N)
-        kk = tile_load(k + base, row, col, length, stride, N)
-        bk = tile_load(b + base, row, col, length, stride, N)
-        vv = tile_load(v + base_v, row, val, length, stride_v, N).to(DOT)
-        cell = (chunk * H + h) * C * C + row[:, None] * C + row[None, :]
-        inverse = tl.load(solve + cell)
         if SAVE:
             saved = checkpoint + (chunk * H + h) * N * N + col[:, None] * N + val[None, :]
             tl.store(saved, state.to(DOT), mask=inside)
@@ -146,32 +139,37 @@ def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, ou
         else:
             query = decay_query_state(x, C, GATE_PREC)
             key = decay_key_state(x, C, GATE_PREC)
-        rq = (rq * query).to(DOT)
-        aq = (aq * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
-        kk = (kk * key).to(DOT)
-        bk = (bk * key).to(DOT)
+        # Tiles are loaded next to their use: five of them at once do not fit in registers.
+        old = state.to(DOT)
+        cell = (chunk * H + h) * C * C + row[:, None] * C + row[None, :]
+        rq = (tile_load(r + base, row, col, length, stride, N) * (query * scale)).to(DOT)
+        kk = (tile_load(k + base, row, col, length, stride, N) * key).to(DOT)
+        vv = tile_load(v + base_v, row, val, length, stride_v, N).to(DOT)
         if INLINE:
-            ak = tl.where(strict, tl.dot(aq, tl.trans(kk), input_precision=PREC), 0.0).to(DOT)
-            rb = tl.where(causal, tl.dot(rq, tl.trans(bk), input_precision=PREC), 0.0).to(DOT)
             rk = tl.where(causal, tl.dot(rq, tl.trans(kk), input_precision=PREC), 0.0).to(DOT)
         else:
-            ak = tl.load(a_ak + cell)
-            rb = tl.load(a_rb + cell)
             rk = tl.load(a_rk + cell)
-        old = state.to(DOT)
-        u = tl.dot(aq, old, tl.dot(ak, vv, input_precision=PREC), input_precision=PREC)
-        u = tl.dot(inverse, u.to(DOT), input_precision=PREC).to(DOT)
         o = tl.dot(rk, vv, input_precision=PREC)
         o = tl.dot(rq, old, o, input_precision=PREC)
-        o = tl.dot(rb, u, o, input_precision=PREC)
+        aq = (tile_load(a + base, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
         if INLINE:
-            state = tl.dot(tl.trans(kk), vv, state, input_precision=PREC)
-            state = tl.dot(tl.trans(bk), u, state, input_precision=PREC)
-            state *= wkv7_half_decay(x, row, C, True)[:, None]
+            ak = tl.where(strict, tl.dot(aq, tl.trans(kk), input_precision=PREC), 0.0).to(DOT)
         else:
+            ak = tl.load(a_ak + cell)
+        u = tl.dot(ak, vv, input_precision=PREC)
+        u = tl.dot(aq, old, u, input_precision=PREC)
+        bk = (tile_load(b + base, row, col, length, stride, N) * key).to(DOT)
+        if INLINE:
+            rb = tl.where(causal, tl.dot(rq, tl.trans(bk), input_precision=PREC), 0.0).to(DOT)
+        else:
+            rb = tl.load(a_rb + cell)
             state *= decay_exp(tl.sum(x.to(tl.float32), 0))[:, None]
-            state = tl.dot(tl.trans(kk), vv, state, input_precision=PREC)
-            state = tl.dot(tl.trans(bk), u, state, input_precision=PREC)
+        u = tl.dot(tl.load(solve + cell), u.to(DOT), input_precision=PREC).to(DOT)
+        o = tl.dot(rb, u, o, input_precision=PREC)
+        state = tl.dot(tl.trans(kk), vv, state, input_precision=PREC)
+        state = tl.dot(tl.trans(bk), u, state, input_precision=PREC)
+        if INLINE:
+            state *= wkv7_half_decay(x, row, C, True)[:, None]
         tile_store(out + base, o, row, val, length, stride, N)
         if SAVE:
             tile_store(u_out + base, u, row, val, length, stride, N)
@@ -182,7 +180,7 @@ def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, ou
     tl.store(state_out + corner, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv7_reverse_kernel(r, log_w, a, b, solve, a_rb, d_out, d_state_out, du_out, d_checkpoint, d_state_in,
                         cu_seqlens, chunk_start, T, NT, H, scale,
                         N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
@@ -216,12 +214,8 @@ def wkv7_reverse_kernel(r, log_w, a, b, solve, a_rb, d_out, d_state_out, du_out,
     length -= (chunks - 1) * C
     for _ in range(0, chunks):
         x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
-        rq = tile_load(r + base, row, col, length, stride, N) * scale
-        aq = tile_load(a + base, row, col, length, stride, N)
-        bk = tile_load(b + base, row, col, length, stride, N)
         do = tile_load(d_out + base, row, val, length, stride, N).to(DOT)
         cell = (chunk * H + h) * C * C + row[:, None] * C + row[None, :]
-        inverse = tl.load(solve + cell)
         saved = d_checkpoint + (chunk * H + h) * N * N + col[:, None] * N + val[None, :]
         tl.store(saved, d_state.to(DOT), mask=inside)
         if INLINE:
@@ -230,15 +224,16 @@ def wkv7_reverse_kernel(r, log_w, a, b, solve, a_rb, d_out, d_state_out, du_out,
         else:
             query = decay_query_state(x, C, GATE_PREC)
             key = decay_key_state(x, C, GATE_PREC)
-        rq = (rq * query).to(DOT)
-        aq = (aq * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
-        bk = (bk * key).to(DOT)
+        bk = (tile_load(b + base, row, col, length, stride, N) * key).to(DOT)
+        rq = (tile_load(r + base, row, col, length, stride, N) * (query * scale)).to(DOT)
         if INLINE:
             rb = tl.where(causal, tl.dot(rq, tl.trans(bk), input_precision=PREC), 0.0).to(DOT)
         else:
             rb = tl.load(a_rb + cell)
-        du = tl.dot(bk, d_state.to(DOT), tl.dot(tl.trans(rb), do, input_precision=PREC), input_precision=PREC)
-        du = tl.dot(tl.trans(inverse), du.to(DOT), input_precision=PREC).to(DOT)
+        du = tl.dot(tl.trans(rb), do, input_precision=PREC)
+        du = tl.dot(bk, d_state.to(DOT), du, input_precision=PREC)
+        du = tl.dot(tl.trans(tl.load(solve + cell)), du.to(DOT), input_precision=PREC).to(DOT)
+        aq = (tile_load(a + base, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
         tile_store(du_out + base, du, row, val, length, stride, N)
         if not INLINE:
             d_state *= decay_exp(tl.sum(x.to(tl.float32), 0))[:, None]
@@ -254,15 +249,96 @@ def wkv7_reverse_kernel(r, log_w, a, b, solve, a_rb, d_out, d_state_out, du_out,
 
 
 @triton.jit
+def wkv7_query_grad(q, gate, k, b, d_read, state, d_k, d_b, grad, w_grad, row, col, length, stride, scale,
+                    N: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr,
+                    DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, SOLVE_PREC: tl.constexpr,
+                    STRICT: tl.constexpr):
+    """Stores the gradient of r (or, STRICT, of a, which meets the state one token earlier) and adds to d(log_w).
+
+    z = query * d(query) is what a query gives to the log-decays before it. Inside the chunk it is taken from the rounded
+    factors, so that it cancels exactly against the keys' share of the same pairs.
+    """
+    x = gate_load(gate, row, col, length, stride, N, CLAMP)
+    raw = tile_load(q, row, col, length, stride, N) * scale
+    factor = decay_query_state(x, C, GATE_PREC)
+    if STRICT:
+        factor *= decay_exp(-x.to(tl.float32))
+    total = tl.dot(d_read, tl.trans(state), input_precision=PREC) * factor
+    z = raw * total
+    for level in tl.static_range(LEVELS):
+        query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
+        mask = decay_pair_mask(level, C, DIAG, STRICT)
+        kk = (tile_load(k, row, col, length, stride, N) * key).to(DOT)
+        d_query = tl.dot(tl.where(mask, d_k, 0.0).to(DOT), kk, input_precision=PREC)
+        bk = (tile_load(b, row, col, length, stride, N) * key).to(DOT)
+        d_query = tl.dot(tl.where(mask, d_b, 0.0).to(DOT), bk, d_query, input_precision=PREC)
+        if STRICT:
+            query *= decay_exp(-x.to(tl.float32))
+        total += d_query * query
+        z += d_query * (raw * query).to(DOT)
+    tile_store(grad, total * scale, row, col, length, stride, N)
+    if STRICT:
+        after = row[:, None] < row[None, :]
+    else:
+        after = row[:, None] <= row[None, :]
+    return tl.dot(after.to(tl.float32), z, w_grad, input_precision=SOLVE_PREC)
+
+
+@triton.jit
+def wkv7_key_grad(k, gate, r, a, value, d_state, d_r, d_a, grad, w_grad, row, col, length, stride, scale,
+                  N: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr,
+                  DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, SOLVE_PREC: tl.constexpr):
+    """Stores the gradient of k (or b) and adds to d(log_w)."""
+    x = gate_load(gate, row, col, length, stride, N, CLAMP)
+    raw = tile_load(k, row, col, length, stride, N).to(tl.float32)
+    total = tl.dot(value, tl.trans(d_state), input_precision=PREC) * decay_key_state(x, C, GATE_PREC)
+    w_grad = tl.dot((row[:, None] > row[None, :]).to(tl.float32), raw * total, w_grad, input_precision=SOLVE_PREC)
+    z = tl.zeros(raw.shape, tl.float32)
+    for level in tl.static_range(LEVELS):
+        query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
+        mask = decay_pair_mask(level, C, DIAG, False)
+        rq = (tile_load(r, row, col, length, stride, N) * (query * scale)).to(DOT)
+        d_key = tl.dot(tl.trans(tl.where(mask, d_r, 0.0).to(DOT)), rq, input_precision=PREC)
+        aq = (tile_load(a, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
+        d_key = tl.dot(tl.trans(tl.where(mask, d_a, 0.0).to(DOT)), aq, d_key, input_precision=PREC)
+        total += d_key * key
+        z -= d_key * (raw * key).to(DOT)
+    tile_store(grad, total, row, col, length, stride, N)
+    return tl.dot((row[:, None] <= row[None, :]).to(tl.float32), z, w_grad, input_precision=SOLVE_PREC)
+
+
+@triton.jit
+def wkv7_value_grad(r, gate, k, a, d_out, du, d_state, row, col, length, stride, scale,
+                    N: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr,
+                    DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr):
+    x = gate_load(gate, row, col, length, stride, N, CLAMP)
+    key = (tile_load(k, row, col, length, stride, N) * decay_key_state(x, C, GATE_PREC)).to(DOT)
+    v_grad = tl.dot(key, d_state, input_precision=PREC)
+    rk = tl.zeros((C, C), tl.float32)
+    ak = tl.zeros((C, C), tl.float32)
+    for level in tl.static_range(LEVELS):
+        query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
+        kk = tl.trans((tile_load(k, row, col, length, stride, N) * key).to(DOT))
+        rq = (tile_load(r, row, col, length, stride, N) * (query * scale)).to(DOT)
+        rk += tl.where(decay_pair_mask(level, C, DIAG, False), tl.dot(rq, kk, input_precision=PREC), 0.0)
+        aq = (tile_load(a, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
+        ak += tl.where(decay_pair_mask(level, C, DIAG, True), tl.dot(aq, kk, input_precision=PREC), 0.0)
+    v_grad = tl.dot(tl.trans(rk.to(DOT)), d_out, v_grad, input_precision=PREC)
+    return tl.dot(tl.trans(ak.to(DOT)), du, v_grad, input_precision=PREC)
+
+
+@triton.jit(do_not_specialize=["T", "NT"])
 def wkv7_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint,
                      dr, d_log_w, dk, dv, da, db, cu_seqlens, chunk_seq, chunk_start, T, NT, H, HV, scale,
                      N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
                      CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
                      SOLVE_PREC: tl.constexpr, VARLEN: tl.constexpr):
-    """All gradients of one chunk of one head from the states at its two ends; chunks are independent."""
+    """All gradients of one chunk of one head from the states at its two ends; chunks are independent.
+
+    One gradient after the other, each reading its inputs again (from the L2 cache): together they do not fit in registers.
+    """
     h = tl.program_id(0)
     chunk = tl.program_id(1)
-    hv = h // (H // HV)
     if VARLEN:
         seq = tl.load(chunk_seq + chunk)
         if seq < 0:
@@ -276,13 +352,11 @@ def wkv7_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoin
         length = T - first
     stride = H * N
     base = (begin + first).to(tl.int64) * stride + h * N
-    base_v = (begin + first).to(tl.int64) * (HV * N) + hv * N
+    base_v = (begin + first).to(tl.int64) * (HV * N) + (h // (H // HV)) * N
     row = tl.arange(0, C)
     col = tl.arange(0, BN)
     causal = row[:, None] >= row[None, :]
     strict = row[:, None] > row[None, :]
-    x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
-    past = decay_exp(-x.to(tl.float32))
     do = tile_load(d_out + base, row, col, length, stride, N).to(DOT)
     dy = tile_load(du + base, row, col, length, stride, N)
     vv = tile_load(v + base_v, row, col, length, HV * N, N).to(DOT)
@@ -295,69 +369,20 @@ def wkv7_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoin
     d_rb = tl.where(causal, tl.dot(do, tl.trans(uu), input_precision=PREC), 0.0).to(DOT)
     d_ak = tl.where(strict, tl.dot(dy, tl.trans(vv), input_precision=PREC), 0.0).to(DOT)
     d_ab = tl.where(strict, tl.dot(dy, tl.trans(uu), input_precision=PREC), 0.0).to(DOT)
-
-    # Queries. z = query * d(query) is what a query gives to the log-decays before it; inside the chunk it is taken from
-    # the rounded factors, so that it cancels exactly against the keys' share of the same pairs.
-    query = decay_query_state(x, C, GATE_PREC)
-    r_grad = tl.dot(do, tl.trans(state), input_precision=PREC) * query
-    a_grad = tl.dot(dy, tl.trans(state), input_precision=PREC) * (query * past)
-    rr = tile_load(r + base, row, col, length, stride, N) * scale
-    aa = tile_load(a + base, row, col, length, stride, N)
-    z_r = rr * r_grad
-    z_a = aa * a_grad
-    for level in tl.static_range(LEVELS):
-        query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
-        mask = decay_pair_mask(level, C, DIAG, False)
-        kk = (tile_load(k + base, row, col, length, stride, N) * key).to(DOT)
-        bk = (tile_load(b + base, row, col, length, stride, N) * key).to(DOT)
-        d_query = tl.dot(tl.where(mask, d_rk, 0.0).to(DOT), kk, input_precision=PREC)
-        d_query = tl.dot(tl.where(mask, d_rb, 0.0).to(DOT), bk, d_query, input_precision=PREC)
-        r_grad += d_query * query
-        z_r += d_query * (rr * query).to(DOT)
-        query *= past
-        d_query = tl.dot(tl.where(mask, d_ak, 0.0).to(DOT), kk, input_precision=PREC)
-        d_query = tl.dot(tl.where(mask, d_ab, 0.0).to(DOT), bk, d_query, input_precision=PREC)
-        a_grad += d_query * query
-        z_a += d_query * (aa * query).to(DOT)
-    tile_store(dr + base, r_grad * scale, row, col, length, stride, N)
-    tile_store(da + base, a_grad, row, col, length, stride, N)
-    w_grad = tl.dot((row[:, None] <= row[None, :]).to(tl.float32), z_r, input_precision=SOLVE_PREC)
-    w_grad = tl.dot((row[:, None] < row[None, :]).to(tl.float32), z_a, w_grad, input_precision=SOLVE_PREC)
-    whole = decay_exp(tl.sum(x.to(tl.float32), 0))
-    w_grad += (tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1) * whole)[None, :]
-
-    # Keys and values.
-    key = decay_key_state(x, C, GATE_PREC)
-    kr = tile_load(k + base, row, col, length, stride, N)
-    br = tile_load(b + base, row, col, length, stride, N)
-    k_grad = tl.dot(vv, tl.trans(d_state), input_precision=PREC) * key
-    b_grad = tl.dot(uu, tl.trans(d_state), input_precision=PREC) * key
-    z_state = kr * k_grad + br * b_grad
-    w_grad = tl.dot((row[:, None] > row[None, :]).to(tl.float32), z_state, w_grad, input_precision=SOLVE_PREC)
-    v_grad = tl.dot((kr * key).to(DOT), d_state, input_precision=PREC)
-    rk = tl.zeros((C, C), tl.float32)
-    ak = tl.zeros((C, C), tl.float32)
-    z_pair = tl.zeros((C, BN), tl.float32)
-    for level in tl.static_range(LEVELS):
-        query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
-        mask = decay_pair_mask(level, C, DIAG, False)
-        rq = (rr * query).to(DOT)
-        aq = (aa * (query * past)).to(DOT)
-        kk = (kr * key).to(DOT)
-        rk += tl.where(mask, tl.dot(rq, tl.trans(kk), input_precision=PREC), 0.0)
-        ak += tl.where(mask & strict, tl.dot(aq, tl.trans(kk), input_precision=PREC), 0.0)
-        d_key = tl.dot(tl.trans(tl.where(mask, d_rk, 0.0).to(DOT)), rq, input_precision=PREC)
-        d_key = tl.dot(tl.trans(tl.where(mask, d_ak, 0.0).to(DOT)), aq, d_key, input_precision=PREC)
-        k_grad += d_key * key
-        z_pair += d_key * kk
-        d_key = tl.dot(tl.trans(tl.where(mask, d_rb, 0.0).to(DOT)), rq, input_precision=PREC)
-        d_key = tl.dot(tl.trans(tl.where(mask, d_ab, 0.0).to(DOT)), aq, d_key, input_precision=PREC)
-        b_grad += d_key * key
-        z_pair += d_key * (br * key).to(DOT)
-    w_grad -= tl.dot((row[:, None] <= row[None, :]).to(tl.float32), z_pair, input_precision=SOLVE_PREC)
-    v_grad = tl.dot(tl.trans(rk.to(DOT)), do, v_grad, input_precision=PREC)
-    v_grad = tl.dot(tl.trans(ak.to(DOT)), dy, v_grad, input_precision=PREC)
-    tile_store(dk + base, k_grad, row, col, length, stride, N)
-    tile_store(db + base, b_grad, row, col, length, stride, N)
-    tile_store(dv + base, v_grad, row, col, length, stride, N)
+    x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
+    across = tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1) * decay_exp(tl.sum(x.to(tl.float32), 0))
+    w_grad = tl.zeros((C, BN), tl.float32) + across[None, :]
+    w_grad = wkv7_query_grad(r + base, log_w + base, k + base, b + base, do, state, d_rk, d_rb, dr + base, w_grad,
+                             row, col, length, stride, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC,
+                             SOLVE_PREC, False)
+    w_grad = wkv7_query_grad(a + base, log_w + base, k + base, b + base, dy, state, d_ak, d_ab, da + base, w_grad,
+                             row, col, length, stride, 1.0, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC,
+                             SOLVE_PREC, True)
+    w_grad = wkv7_key_grad(k + base, log_w + base, r + base, a + base, vv, d_state, d_rk, d_ak, dk + base, w_grad,
+                           row, col, length, stride, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, SOLVE_PREC)
+    w_grad = wkv7_key_grad(b + base, log_w + base, r + base, a + base, uu, d_state, d_rb, d_ab, db + base, w_grad,
+                           row, col, length, stride, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, SOLVE_PREC)
     tile_store(d_log_w + base, w_grad, row, col, length, stride, N)
+    v_grad = wkv7_value_grad(r + base, log_w + base, k + base, a + base, do, dy, d_state, row, col, length, stride, scale,
+                             N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC)
+    tile_store(dv + base, v_grad, row, col, length, stride, N)

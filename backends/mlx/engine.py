@@ -1,0 +1,120 @@
+"""The engine of the MLX backend: tokens in, logits and a new state out (radlads.engine says the contract)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from radlads.backends.mlx.layers import SEEN, SHIFT, WKV
+from radlads.backends.mlx.load import load_model
+from radlads.backends.mlx.model import Model
+from radlads.errors import fail
+from radlads.folder import ModelFolder
+
+# Tokens per forward pass, so that the memory of a long prompt does not grow with it.
+PREFILL_STEP = 1024
+# Names in a state file: of the slots of a recurrent layer, and of a softmax layer's keys and values.
+SLOTS = {WKV: "wkv", SHIFT: "shift"}
+
+
+@dataclass(frozen=True)
+class MlxState:
+    """Tokens fed, and per layer the arrays of its cache by name: wkv, shift, or k and v (1, Hkv, S, N). Never changed."""
+
+    position: int
+    layers: tuple[dict[str, mx.array], ...]
+
+
+class MlxEngine:
+    """One loaded model, batch 1."""
+
+    name = "mlx"
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.spec = model.spec
+        self.device = str(mx.default_device().type).rsplit(".", 1)[-1]
+
+    def start(self) -> MlxState:
+        """The state before the first token."""
+        return MlxState(0, tuple({} for _ in self.spec.mixers))
+
+    def feed(self, state: MlxState, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], MlxState]:
+        """Logits (V,) after the last of `tokens` (at least one), and the new state; `state` stays as it is."""
+        if not tokens:
+            raise ValueError("no tokens to feed")
+        for first in range(0, len(tokens), PREFILL_STEP):
+            hidden, state = self._step(state, tokens[first : first + PREFILL_STEP])
+        logits = self.model.head(hidden).astype(mx.float32)
+        return np.array(logits), state
+
+    def _step(self, state: MlxState, tokens: Sequence[int]) -> tuple[mx.array, MlxState]:
+        caches = self._caches(state)
+        hidden = self.model.model(mx.array(tokens)[None], caches)[0, -1]  # (D,)
+        state = MlxState(state.position + len(tokens), tuple(_taken(cache) for cache in caches))
+        mx.eval(hidden, state.layers)
+        if len(tokens) > 1:
+            mx.clear_cache()
+        return hidden, state
+
+    def _caches(self, state: MlxState) -> list[Any]:
+        """Fresh caches that hold the state's arrays. No array of the state is written to: KVCache grows by copying."""
+        caches = self.model.make_cache()
+        for cache, mixer, arrays in zip(caches, self.spec.mixers, state.layers, strict=True):
+            if not arrays:
+                continue
+            if mixer == "softmax":
+                cache.state = (arrays["k"], arrays["v"], state.position)
+            else:
+                cache[SEEN] = mx.array([state.position], mx.int32)
+                for slot, name in SLOTS.items():
+                    if name in arrays:
+                        cache[slot] = arrays[name]
+        return caches
+
+    def state_arrays(self, state: MlxState) -> dict[str, npt.NDArray[Any]]:
+        """`position`, and per layer `layers.i.wkv` (1, H, N, N), `.shift` (1, 1, D), or `.k`, `.v` (1, S, Hkv, N); float32."""
+        arrays: dict[str, npt.NDArray[Any]] = {"position": np.array(state.position, np.int64)}
+        for layer, held in enumerate(state.layers):
+            for name, x in held.items():
+                x = x.swapaxes(1, 2) if name in ("k", "v") else x
+                arrays[f"layers.{layer}.{name}"] = np.array(x.astype(mx.float32))
+        return arrays
+
+    def from_arrays(self, arrays: dict[str, npt.NDArray[Any]]) -> MlxState:
+        """The inverse of `state_arrays`; R304 when names or shapes do not fit the model."""
+        position = int(arrays["position"]) if arrays.get("position", np.zeros(1)).shape == () else -1
+        expected = self._state_shapes(position) if position > 0 else {}
+        found = {name: x.shape for name, x in arrays.items() if name != "position"}
+        if position < 0 or found != expected:
+            wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            why = f"it is not a state of this model: {', '.join(wrong[:3]) or 'position'} does not fit"
+            raise fail("R304", where="state", why=why, fix="Load the state with the model that made it")
+        layers: list[dict[str, mx.array]] = [{} for _ in self.spec.mixers]
+        for full in expected:
+            _, layer, name = full.split(".")
+            x = mx.array(arrays[full])
+            x = x.swapaxes(1, 2) if name in ("k", "v") else x
+            layers[int(layer)][name] = x if name == "wkv" else x.astype(self.model.model.norm.weight.dtype)
+        return MlxState(position, tuple(layers))
+
+    def _state_shapes(self, position: int) -> dict[str, tuple[int, ...]]:
+        """The arrays of a state after `position` tokens, with their shapes."""
+        keys = dict.fromkeys("kv", (position, self.spec.Hkv, self.spec.N))
+        layers = (keys if mixer == "softmax" else held for mixer, held in zip(self.spec.mixers, self.spec.state(), strict=True))
+        return {f"layers.{i}.{name}": (1, *shape) for i, held in enumerate(layers) for name, shape in held.items()}
+
+
+def load_engine(folder: ModelFolder, dtype: str | None = None) -> MlxEngine:
+    """The engine of a model folder; `dtype` is "float32", "bfloat16", "float16" or None for the file's own."""
+    return MlxEngine(load_model(folder, dtype))
+
+
+def _taken(cache: Any) -> dict[str, mx.array]:
+    """The arrays that a layer's cache holds after a step, by name."""
+    if hasattr(cache, "keys_and_values"):
+        return dict(zip("kv", cache.keys_and_values(), strict=True))
+    return {name: cache[slot] for slot, name in SLOTS.items() if slot < len(cache.cache)}

@@ -1,0 +1,138 @@
+"""What every mixer and layer shares: projections, rotary positions, feed-forward, gate, head norm, and the position kept
+in a recurrent layer's cache.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from radlads.positions import inverse_frequencies
+from radlads.spec import ModelSpec
+
+# Slots of the cache (mlx_lm's ArraysCache) of a recurrent layer.
+WKV, SEEN, SHIFT = 0, 1, 2
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W_down(SiLU(W_gate x) * W_up x)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.D, spec.F, bias=spec.mlp_bias)
+        self.up_proj = nn.Linear(spec.D, spec.F, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(spec.F, spec.D, bias=spec.mlp_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, D) to (B, T, D)."""
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Projections(nn.Module):
+    """q, k, v, o with the teacher's names, biases and per-head norms (S.1-S.3)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = nn.Linear(spec.D, spec.C, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(spec.C, spec.D, bias=spec.output_bias)
+        if spec.qk_norm:
+            self.q_norm = nn.RMSNorm(spec.N, spec.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(spec.N, spec.rms_norm_eps)
+        # The underscore keeps it out of the module's parameters.
+        self._periods = mx.array([1 / frequency for frequency in inverse_frequencies(spec)], mx.float32)
+
+    def project(self, x_q: mx.array, x_k: mx.array, x_v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Inputs (B, T, D) to q (B, T, H, N) and k, v (B, T, Hkv, N), q and k normed where the teacher does."""
+        q, k, v = (p(x).reshape(*x.shape[:2], -1, self.spec.N) for p, x in ((self.q_proj, x_q), (self.k_proj, x_k), (self.v_proj, x_v)))
+        if self.spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def rotate(self, x: mx.array, first: int | mx.array) -> mx.array:
+        """S.3 on x (B, heads, T, N); `first` is the position of the first column, one number or one per row (B,)."""
+        return mx.fast.rope(x, self.spec.N, traditional=False, base=None, scale=1.0, offset=first, freqs=self._periods)
+
+
+class RecurrentProjections(Projections):
+    """Projections of a recurrent mixer, whose cache also counts the tokens seen: rotary positions need them."""
+
+    def project_heads(
+        self, x_q: mx.array, x_k: mx.array, x_v: mx.array, cache: Any
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Inputs (B, T, D) to q, k, v, all (B, T, H, N): S.1-S.4, S.3 only with the `rope` flag."""
+        q, k, v = self.project(x_q, x_k, x_v)
+        if self.spec.mixer.rope:
+            first = tokens_seen(cache, len(x_q)) if cache is not None else 0
+            if cache is not None and cache.left_padding is not None:
+                first = first - mx.clip(cache.left_padding, 0, x_q.shape[1])
+            q, k = (self.rotate(x.swapaxes(1, 2), first).swapaxes(1, 2) for x in (q, k))
+        groups = self.spec.H // self.spec.Hkv
+        return q, mx.repeat(k, groups, axis=2), mx.repeat(v, groups, axis=2)
+
+    def heads(self, x: mx.array) -> mx.array:
+        """(..., C) to (..., H, N)."""
+        return x.reshape(*x.shape[:-1], self.spec.H, self.spec.N)
+
+
+def tokens_seen(cache: Any, batch: int) -> mx.array:
+    """Real tokens of each row so far, int32 (B,)."""
+    return mx.zeros((batch,), mx.int32) if cache[SEEN] is None else cache[SEEN]
+
+
+def advance_cache(cache: Any, mask: mx.array | None, out: mx.array) -> mx.array:
+    """Count the real tokens of this call, whose output is `out` (B, T, D), and move the cache on; returns `out`.
+
+    The counters hang on the output: no step of plain generation reads them all, and unread they would grow a graph.
+    """
+    batch, length = out.shape[:2]
+    seen = tokens_seen(cache, batch)
+    cache[SEEN] = seen + (length if mask is None else mask.astype(mx.int32).sum(axis=1))
+    cache.advance(length)
+    return mx.depends(out, [x for x in (cache[SEEN], cache.left_padding, cache.lengths) if x is not None])
+
+
+def real_only(mask: mx.array | None, *arrays: mx.array) -> tuple[mx.array, ...]:
+    """The arrays (B, T, ...) with zeros where mask (B, T) is False; None keeps all."""
+    if mask is None:
+        return arrays
+    return tuple(mx.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, mx.zeros_like(x)) for x in arrays)
+
+
+def declare(module: nn.Module, **shapes: tuple[int, ...]) -> None:
+    """Give `module` a parameter of each name and shape; the values come from a file."""
+    for name, shape in shapes.items():
+        setattr(module, name, mx.zeros(shape))
+
+
+def declare_gate(module: nn.Module, spec: ModelSpec) -> None:
+    """Parameters of the output gate: `gate.weight` (full) or `g1`, `g2` (lowrank)."""
+    if spec.mixer.gate == "full":
+        module.gate = nn.Linear(spec.D, spec.C, bias=False)
+    elif spec.mixer.gate == "lowrank":
+        declare(module, g1=(spec.D, spec.ranks.gate), g2=(spec.ranks.gate, spec.C))
+
+
+def gated(module: nn.Module, spec: ModelSpec, p: mx.array, x: mx.array) -> mx.array:
+    """6.8, 7.9: p (B, T, C) times the output gate of x (B, T, D), in x's type."""
+    if spec.mixer.gate == "full":
+        p = p * mx.sigmoid(module.gate(x))
+    elif spec.mixer.gate == "lowrank":
+        p = p * (mx.sigmoid(x @ module.g1) @ module.g2)
+    return p.astype(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """GroupNorm over each head of N channels, eps N * 1e-5, with weight and bias over C."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = mx.ones((spec.C,))
+        self.bias = mx.zeros((spec.C,))
+
+    def __call__(self, p: mx.array) -> mx.array:
+        """(B, T, H, N) to (B, T, C)."""
+        return mx.fast.layer_norm(p, None, None, self.spec.N * 1e-5).flatten(2) * self.weight + self.bias

@@ -1,0 +1,88 @@
+"""The torch engine: tokens in, logits and a new state out (see radlads.engine)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from radlads.backends.torch.load import load_model
+from radlads.backends.torch.model import Model
+from radlads.backends.torch.state import ModelState, empty_state
+from radlads.errors import fail
+from radlads.folder import ModelFolder
+from radlads.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class TorchState:
+    """The state of one sequence."""
+
+    model: ModelState
+    position: int
+
+
+class TorchEngine:
+    """A model on one device, fed one sequence at a time."""
+
+    name = "torch"
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Dimensions and mixers of the model."""
+        return self.model.spec
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return str(next(self.model.parameters()).device)
+
+    def start(self) -> TorchState:
+        """The state before the first token."""
+        return TorchState(empty_state(self.spec, 1, torch.device(self.device)), 0)
+
+    @torch.inference_mode()
+    def feed(self, state: TorchState, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], TorchState]:
+        """Logits (V,) after the last of `tokens`, and the new state."""
+        hidden, model_state = self.model.model(torch.tensor([list(tokens)], device=self.device), state.model)
+        logits = F.linear(hidden[0, -1], self.model.head).float().cpu().numpy()
+        return logits, TorchState(model_state, state.position + len(tokens))
+
+    def state_arrays(self, state: TorchState) -> dict[str, npt.NDArray[Any]]:
+        """The state as float32 arrays named `layers.<i>.<name>`, and `position`."""
+        arrays: dict[str, npt.NDArray[Any]] = {"position": np.array(state.position, np.int64)}
+        for index, layer in enumerate(state.model.layers):
+            arrays |= {f"layers.{index}.{name}": value.float().cpu().numpy() for name, value in layer.items()}
+        return arrays
+
+    def from_arrays(self, arrays: dict[str, npt.NDArray[Any]]) -> TorchState:
+        """The inverse of `state_arrays`. R304 when the arrays do not fit the model."""
+        state, dtype = self.start(), next(self.model.parameters()).dtype
+        position = int(arrays.get("position", -1))
+        layers: list[dict[str, torch.Tensor]] = []
+        for index, mixer in enumerate(self.spec.mixers):
+            kept = (position, self.spec.Hkv, self.spec.N)
+            shapes = {"k": kept, "v": kept} if mixer == "softmax" else self.spec.state()[index]
+            layer = {}
+            for name, shape in shapes.items() if position else ():
+                array = arrays.get(f"layers.{index}.{name}")
+                if array is None or array.shape != (1, *shape):
+                    why = f"layers.{index}.{name} is missing or has another shape than {(1, *shape)}"
+                    raise fail("R304", where="state", why=why, fix="Use a state saved with this model")
+                layer[name] = torch.from_numpy(array).to(self.device, torch.float32 if name == "wkv" else dtype)
+            layers.append(layer)
+        if position < 0:
+            raise fail("R304", where="state", why="it has no position", fix="Use a state saved with this model")
+        return TorchState(ModelState(tuple(layers), state.model.seen + position), position)
+
+
+def load_engine(folder: ModelFolder, dtype: str | None = None) -> TorchEngine:
+    """An engine for the model of `folder`, on a GPU where there is one; on the CPU float32 unless `dtype` says otherwise."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchEngine(load_model(folder, device=device, dtype=dtype or ("float32" if device == "cpu" else None)))

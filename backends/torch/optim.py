@@ -1,0 +1,114 @@
+"""AdamW as the protocol sets it: parameter groups, clipping, float32 masters, and learning rates by token count."""
+
+import torch
+from torch import Tensor, nn
+
+from radlads.backends.torch.model import Model
+from radlads.recipe import Stage
+from radlads.schedule import learning_rate
+
+# Step 3a trains the decay and what leads to it; everything else stays.
+DECAY_NAMES = ("time_decay", "time_maa_w", "time_maa_x", ".w0", ".w1", ".w2")
+
+
+def trainable(model: Model, train: str) -> dict[str, nn.Parameter]:
+    """The parameters that `train` ("mixer", "all" or "decay") names; the others stop requiring gradients.
+
+    A tensor that no forward pass reads is never trained.
+    """
+    rows = model.spec.tensors()
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        recurrent = name.startswith("model.layers.") and model.spec.mixers[int(name.split(".")[2])] != "softmax"
+        wanted = {
+            "all": True,
+            "mixer": ".self_attn." in name and recurrent,
+            "decay": ".self_attn." in name and recurrent and any(part in name for part in DECAY_NAMES),
+        }[train]
+        parameter.requires_grad_(wanted and rows[name].read)
+        if parameter.requires_grad:
+            chosen[name] = parameter
+    return chosen
+
+
+class Optimizer:
+    """AdamW in two groups, mixers and the rest, with float32 masters of lower-precision parameters."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], stage: Stage) -> None:
+        self.stage, self.parameters = stage, parameters
+        # The same tensor where it is float32 already.
+        self.masters = {name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()}
+        groups: dict[str, list[Tensor]] = {"base": [], "mixer": []}
+        for name, master in self.masters.items():
+            groups["mixer" if ".self_attn." in name else "base"].append(master)
+        self.adam = torch.optim.AdamW(
+            [{"params": members, "name": name} for name, members in groups.items() if members],
+            lr=stage.lr,
+            betas=stage.betas,
+            eps=stage.eps,
+            weight_decay=stage.weight_decay,
+            fused=True,
+        )
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Update for optimiser step `number` from the gradients in the parameters, which are cleared.
+
+        Returns (learning rate of the mixers or, without any, of the rest; gradient norm before clipping). A norm that is
+        not finite leaves every weight and moment as it was.
+        """
+        rates = self.rates(number)
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).float()
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            if self.stage.clip:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.stage.clip, norm)
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter and parameter.grad is not None:
+                    self.masters[name].grad = parameter.grad.float()
+            for group in self.adam.param_groups:
+                group["lr"] = rates[group["name"]]
+            self.adam.step()
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    if self.masters[name] is not parameter:
+                        parameter.copy_(self.masters[name])
+                        self.masters[name].grad = None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return rates[self.adam.param_groups[-1]["name"]], float(norm)
+
+    def rates(self, number: int) -> dict[str, float]:
+        """Learning rate of each group at optimiser step `number`."""
+        stage, per_step = self.stage, self.stage.tokens_per_step
+        peaks = {"base": (stage.lr, stage.lr_final), "mixer": (stage.mixer_lr, stage.mixer_lr_final)}
+        return {name: learning_rate(stage, number, number * per_step, per_step, *ends) for name, ends in peaks.items()}
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far: steps that were not skipped."""
+        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and both moments by name, for a checkpoint; empty moments before the first step."""
+        found = {}
+        for name, master in self.masters.items():
+            found[f"master.{name}"] = master.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in self.adam.state.get(master, {}):
+                    found[f"{moment}.{name}"] = self.adam.state[master][moment]
+        return found
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Take masters and moments from a checkpoint made after `updates` updates."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master.{name}"])
+            self.parameters[name].copy_(master)
+            if f"exp_avg.{name}" in tensors:
+                self.adam.state[master] = {
+                    "step": torch.tensor(float(updates), device=master.device),
+                    **{moment: tensors[f"{moment}.{name}"].to(master.device) for moment in ("exp_avg", "exp_avg_sq")},
+                }
+
+

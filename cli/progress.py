@@ -1,0 +1,72 @@
+"""The live view of a training run: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from radlads.cli.render import styled
+
+if TYPE_CHECKING:
+    from radlads.backends.torch.trainer import Progress
+
+TITLES = {"align": "stage 1 alignment", "distill": "stage 2 distillation", "lm": "stage 3 language model"}
+# Seconds between lines where there is no terminal.
+INTERVAL = 10.0
+
+
+class TrainingScreen:
+    """Shows stage, step, loss, speed and time left on stderr; `quiet` shows nothing. Use it in a `with` statement."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+        self.task: Any = None
+        self.kind = ""
+        self.last_line = 0.0
+
+    def __enter__(self) -> "TrainingScreen":
+        if not self.quiet and styled(sys.stderr):
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = [TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()]
+            columns += [TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tok/s"), TimeRemainingColumn()]
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line beside the bar."""
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False, markup=False)
+        elif not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, progress: "Progress") -> None:
+        """After each optimiser step."""
+        stage = progress.stage
+        loss, speed = f"{progress.loss:.4f}", f"{progress.tokens_per_second:,.0f}"
+        if self.bar is not None:
+            if self.kind != stage.kind:
+                self.task = self.bar.add_task(TITLES[stage.kind], total=stage.steps, loss=loss, speed=speed)
+            self.bar.update(self.task, completed=progress.step, loss=loss, speed=speed)
+        elif not self.quiet and (self.kind != stage.kind or progress.step == stage.steps or time.monotonic() - self.last_line >= INTERVAL):
+            self.last_line = time.monotonic()
+            left = duration(progress.seconds_left)
+            self.say(f"{TITLES[stage.kind]}: step {progress.step}/{stage.steps}, loss {loss}, {speed} tok/s, {left} left")
+        self.kind = stage.kind
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 3 min 20 s, 5 h 07 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,115 @@
+"""Results as people read them (tables, notes) or as scripts do (`--json`); colour only on a terminal."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1  # version of every JSON document printed
+
+
+@dataclass
+class Table:
+    """Rows under column names; numbers are formatted by whoever fills them in."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    title: str = ""
+    right: Sequence[str] = field(default=())  # columns aligned to the right
+
+
+def print_result(result: Any, *, as_json: bool) -> None:
+    """Print a verb's result dataclass: one JSON document, or the blocks of its `blocks()` method."""
+    if as_json:
+        print(json.dumps({"schema": SCHEMA, **_plain(asdict(result))}, ensure_ascii=False))
+        return
+    blocks = result.blocks() if hasattr(result, "blocks") else _pairs(result)
+    print_blocks(blocks)
+
+
+def print_blocks(blocks: Iterable[Table | str]) -> None:
+    """Print texts and tables, one below the other."""
+    for block in blocks:
+        if isinstance(block, str):
+            print(block)
+        elif styled(sys.stdout):
+            _print_rich(block)
+        else:
+            print("\n".join(_aligned(block)))
+
+
+def styled(stream: Any) -> bool:
+    """Whether colour codes may be written to `stream`."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def note(text: str) -> None:
+    """Say something beside the result, on stderr."""
+    print(f"\x1b[2m{text}\x1b[0m" if styled(sys.stderr) else text, file=sys.stderr, flush=True)
+
+
+def write_text(text: str) -> None:
+    """Write a piece of a model's text; on a terminal its control characters are shown, not obeyed."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t " else c.encode("unicode_escape").decode() for c in text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: 1.2 GB."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _pairs(result: Any) -> Iterable[Table | str]:
+    values = asdict(result) if is_dataclass(result) else {}
+    width = max((len(name) for name in values), default=0)
+    return [f"{name.replace('_', ' '):<{width}}  {value}" for name, value in values.items()]
+
+
+def _aligned(table: Table) -> Iterable[str]:
+    if table.title:
+        yield table.title
+    cells = [[str(name) for name in table.columns], *([str(value) for value in row] for row in table.rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
+    for row in cells:
+        padded = [
+            cell.rjust(width) if name in table.right else cell.ljust(width)
+            for cell, width, name in zip(row, widths, table.columns, strict=True)
+        ]
+        yield "  ".join(padded).rstrip()
+
+
+def _print_rich(table: Table) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(title=table.title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in table.columns:
+        drawn.add_column(name, justify="right" if name in table.right else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*(Text(str(value)) for value in row))
+    Console().print(drawn)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types; NaN and infinity, which JSON lacks, become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

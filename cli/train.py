@@ -1,0 +1,177 @@
+"""`radlads train`: a recipe from teacher to finished student, resumable, with a report at the end."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from radlads.cli.options import arg, opt
+from radlads.cli.render import Table
+
+if TYPE_CHECKING:
+    from radlads.recipe import Recipe
+    from radlads.runs import Run
+
+STOPPED = 75  # exit status of a run that was stopped and can be resumed
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """What to train, and where."""
+
+    recipe: str | None = arg("Name of a built-in recipe or a YAML file; tiny without one.", metavar="RECIPE", default=None)
+    teacher: str | None = opt(None, "Folder of the teacher, instead of the recipe's.", metavar="DIR")
+    student: str | None = opt(None, "Go on from this student folder instead of a new transfer.", metavar="DIR")
+    student_arch: Literal["rwkv6", "rwkv7"] | None = opt(None, "Mixer of the student, instead of the recipe's.")
+    set: list[str] = opt([], "Change a value of the recipe: stages.0.lr=1e-3.", metavar="KEY=VALUE")
+    output_dir: str | None = opt(None, "Folder of the run; runs/<recipe>-<arch> without it.", metavar="DIR")
+    resume: Literal["auto", "never"] = opt("auto", "Go on with a run begun in the folder, or refuse to.")
+    quiet: bool = opt(False, "Show no progress.", "--quiet")
+    json: bool = opt(False, "Print one JSON document at the end.", "--json")
+
+
+@dataclass
+class TrainResult:
+    """What came of the run."""
+
+    folder: str
+    model: str
+    status: str
+    final: dict[str, float] = field(default_factory=dict)
+    rows: list[list[str]] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    exit_status: int = 0
+
+    def blocks(self) -> Iterator[Table | str]:
+        """Table, texts, paths and the next commands."""
+        if self.status != "done":
+            yield f"stopped and saved; the same command goes on with {self.folder}"
+            return
+        columns = ("", "held-out loss", "perplexity", "ratio", "KL to teacher", "agreement")
+        yield Table(columns, self.rows, right=columns[1:])
+        yield from self.notes
+        for sample in self.samples:
+            yield f"\n{sample['title']} writes:\n  {sample['prompt']}{sample['text']}"
+        yield f"\nmodel   {self.model}"
+        yield from (f"report  {path}" for path in self.files if path.endswith(".html"))
+        yield f"\nnext:\n  radlads chat {self.model}\n  radlads generate {self.model} -p 'Once upon a time' -m 100\n  radlads inspect {self.model}"
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Run a recipe, or go on with it."""
+    from radlads.cli.progress import TrainingScreen
+    from radlads.runs import begin_run
+
+    require_torch()
+    recipe = chosen_recipe(options)
+    arch = f"-{recipe.student.arch}" if recipe.student else ""
+    folder = Path(options.output_dir or f"runs/{recipe.name}{arch}")
+    with begin_run(folder, recipe, options.resume) as run, TrainingScreen(options.quiet or options.json) as screen, signals() as stop:
+        done = run_recipe(run, options.student, screen, stop)
+        if not done:
+            status = 130 if stop["signal"] == signal.SIGINT else STOPPED
+            return TrainResult(str(folder), str(run.model), "stopped", exit_status=status)
+    return result_of(folder)
+
+
+def require_torch() -> None:
+    """R104 when PyTorch is missing."""
+    from importlib.util import find_spec
+
+    from radlads.errors import fail
+
+    if find_spec("torch") is None:
+        raise fail("R104", where="radlads train", why="PyTorch is not installed", fix="Run `pip install 'radlads[train]'`")
+
+
+def chosen_recipe(options: TrainOptions) -> "Recipe":
+    """The recipe with the flags and `--set` values applied."""
+    from radlads.recipe import load_recipe
+
+    overrides = list(options.set)
+    if options.student_arch:
+        overrides.append(f"student.arch={options.student_arch}")
+    if options.teacher:
+        overrides.append(f"teacher={options.teacher}")
+    return load_recipe(options.recipe, overrides)
+
+
+def run_recipe(run: "Run", student: str | None, screen: Any, stop: dict[str, int]) -> bool:
+    """Train what the recipe of `run` says; False when it was stopped."""
+    from radlads.backends.torch.convert_run import check_order, convert, train_teacher
+    from radlads.demo import resolve
+    from radlads.folder import open_folder
+    from radlads.tokenizer import Tokenizer
+    from radlads.weights_tools.standalone import model_files
+    from radlads.weights_tools.surgery import make_student, student_spec
+
+    recipe, stopping = run.recipe, lambda: stop["signal"] != 0
+    if recipe.init is not None:
+        path = resolve(recipe.tokenizer or "")
+        tokenizer = Tokenizer(path if path.is_dir() else path.parent, vocab_size=recipe.init_spec().vocab_size)
+        return train_teacher(run, tokenizer, screen.step, screen.say, stopping)
+    assert recipe.student is not None
+    teacher = open_folder(resolve(recipe.teacher or ""))
+    tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)
+    step0 = Path(student) if student else run.stage_folder(0)
+    if not student and not step0.exists():
+        chosen = recipe.student
+        files, keys = model_files(student_spec(teacher, chosen.arch, chosen.keep_softmax, chosen.options))
+        make_student(
+            teacher,
+            step0,
+            arch=chosen.arch,
+            keep_softmax=chosen.keep_softmax,
+            options=chosen.options,
+            seed=recipe.seed,
+            extra_files=files,
+            config_extra=keys,
+        )
+    folder = open_folder(step0)
+    check_order(folder, recipe.stages[0])
+    return convert(run, teacher, folder, tokenizer, screen.step, screen.say, stopping)
+
+
+def result_of(folder: Path) -> TrainResult:
+    """The end of a finished run: table, texts, report."""
+    import json
+
+    from radlads.report import table_rows, write_report
+    from radlads.runs import read_metrics
+
+    records = read_metrics(folder)
+
+    final = json.loads((folder / "run.json").read_text())["final"]
+    files = [str(path) for path in write_report(folder)]
+    teacher = next(r for r in records if r.get("kind") == "eval" and r.get("stage") == "teacher")
+    notes = []
+    if "short_context_loss" in teacher:
+        rise = teacher["short_context_loss"] - teacher["full_context_loss"]
+        notes.append(f"the teacher's loss rises by {rise:.3f} nats when it sees only the last {teacher['short_context']} tokens")
+    samples = [r for r in records if r.get("kind") == "sample"]
+    shown = [samples[0], samples[-1]] if len(samples) > 1 else samples
+    titles = ("teacher", "student")
+    texts = [{"title": title, "prompt": r["prompt"], "text": r["text"]} for title, r in zip(titles, shown, strict=False)]
+    return TrainResult(str(folder), str(folder / "model"), "done", final, table_rows(records), texts, files, notes)
+
+
+@contextmanager
+def signals() -> Iterator[dict[str, int]]:
+    """Ctrl-C and SIGTERM ask the run to save and stop; the second one is not caught."""
+    asked = {"signal": 0}
+
+    def note(number: int, _: object) -> None:
+        if asked["signal"]:
+            raise KeyboardInterrupt
+        asked["signal"] = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,148 @@
+"""The table of verbs: what `radlads` can do, in which panel of the help it stands, and which function does it."""
+
+from dataclasses import dataclass
+
+MAKE, USE, CHECK, RUNS = "Make a model", "Use a model", "Check a model", "Runs and machine"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One row: `function` of `module` takes an instance of the dataclass `options` and returns a result dataclass.
+
+    A verb with `streams` also takes `write`, which gets the pieces of its text as they come.
+    """
+
+    name: str
+    panel: str
+    module: str
+    options: str
+    function: str
+    summary: str
+    examples: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    streams: bool = False
+
+
+VERBS = (
+    Verb(
+        "train",
+        MAKE,
+        "radlads.cli.train",
+        "TrainOptions",
+        "train",
+        "Convert a teacher into a recurrent student: attention alignment, distillation, long context.",
+        ("radlads train", "radlads train tiny --student-arch rwkv6 --output-dir runs/rwkv6"),
+    ),
+    Verb(
+        "init",
+        MAKE,
+        "radlads.cli.init",
+        "InitOptions",
+        "init",
+        "Transfer a teacher's weights into an untrained student, and measure how far apart they are.",
+        (
+            "radlads init Qwen3-0.6B --student-arch rwkv7 --output-dir student",
+            "radlads init Qwen3-0.6B --student-arch rwkv6 --keep-softmax 3,7,11 --set student.gate=lowrank --output-dir student",
+        ),
+    ),
+    Verb(
+        "prepare",
+        MAKE,
+        "radlads.cli.prepare",
+        "PrepareOptions",
+        "prepare",
+        "Turn text or JSONL files into tokens for training, or sample the text from a model.",
+        (
+            "radlads prepare books.txt.xz chats.jsonl --tokenizer Qwen3-0.6B --output-dir data/books",
+            "radlads prepare --sample-from Qwen3-0.6B --tokens 1000000 --output-dir data/sampled",
+        ),
+        aliases=("tokenize", "preprocess"),
+    ),
+    Verb(
+        "chat",
+        USE,
+        "radlads.cli.chat",
+        "ChatOptions",
+        "chat",
+        "Talk with a model.",
+        ("radlads chat student", 'radlads chat student --system-prompt "Answer in one sentence." --temp 0.7'),
+        aliases=("run",),
+    ),
+    Verb(
+        "generate",
+        USE,
+        "radlads.cli.generate",
+        "GenerateOptions",
+        "generate",
+        "Write text from a prompt.",
+        ('radlads generate student -p "Once upon a time" -m 200', "cat report.txt | radlads generate student -p - --json"),
+        streams=True,
+    ),
+    Verb(
+        "inspect",
+        CHECK,
+        "radlads.cli.inspect_",
+        "InspectOptions",
+        "inspect_model",
+        "Say what a model folder holds: layers, shapes, state, history. Runs none of its code.",
+        ("radlads inspect student", "radlads inspect student --tensors --json"),
+        aliases=("show",),
+    ),
+    Verb(
+        "recipes ls",
+        RUNS,
+        "radlads.cli.recipes",
+        "ListOptions",
+        "list_recipes",
+        "List the built-in recipes.",
+        ("radlads recipes ls",),
+    ),
+    Verb(
+        "recipes show",
+        RUNS,
+        "radlads.cli.recipes",
+        "ShowOptions",
+        "show_recipe",
+        "Print a recipe with every value filled in.",
+        ("radlads recipes show tiny", "radlads recipes show tiny --set stages.0.lr=1e-3"),
+    ),
+    Verb(
+        "recipes cp",
+        RUNS,
+        "radlads.cli.recipes",
+        "CopyOptions",
+        "copy_recipe",
+        "Copy a built-in recipe, comments and all, to edit it.",
+        ("radlads recipes cp tiny mine.yaml",),
+    ),
+    Verb(
+        "recipes validate",
+        RUNS,
+        "radlads.cli.recipes",
+        "ValidateOptions",
+        "validate_recipe",
+        "Check a recipe without running it.",
+        ("radlads recipes validate mine.yaml",),
+    ),
+    Verb(
+        "recipes schema",
+        RUNS,
+        "radlads.cli.recipes",
+        "SchemaOptions",
+        "recipe_schema",
+        "Print the JSON Schema of recipes, for editors.",
+        ("radlads recipes schema > recipe.schema.json",),
+    ),
+    Verb(
+        "doctor",
+        RUNS,
+        "radlads.cli.doctor",
+        "DoctorOptions",
+        "doctor",
+        "Say what is installed, which backends work, and how to mend what does not.",
+        ("radlads doctor", "radlads doctor --json"),
+    ),
+)
+
+# Panel and summary of the words that hold several verbs.
+GROUPS = {"recipes": (RUNS, "List, show, copy and check training recipes.")}

@@ -1,0 +1,271 @@
+"""A model folder: config, spec, weights, manifest. Opening checks everything before a tensor is read; saving is atomic.
+
+No code of a folder is ever run: `auto_map` and `model_file` are for other programs.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from radlads.errors import RadladsError, fail
+from radlads.families import read_config, write_config
+from radlads.files import check_space, new_folder, read_json, sha256, write_file
+from radlads.mixers.table import Row
+from radlads.spec import ModelSpec
+from radlads.tensors import (
+    DTYPES, FLOATS, INDEX, SINGLE, Entry, Raw, blocks, contained, decode, is_plain_name, listed, open_weights, read_raw, write_weights,
+)  # fmt: skip
+
+MANIFEST = "radlads.json"
+CONFIG = "config.json"
+SCHEMA = 1
+SHARD_BYTES = 5_000_000_000
+CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+ALL_ONES = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # exponent bits of infinity and NaN
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """An opened folder: `weights` holds the entries that the model reads, in the spec's order (empty if not asked for)."""
+
+    path: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    weights: dict[str, Entry] = field(default_factory=dict)
+    manifest: dict[str, Any] | None = None
+
+    @property
+    def stage(self) -> int | None:
+        """0 to 3 for a student made by radlads, None for a teacher."""
+        return None if self.manifest is None or self.spec.recurrent is None else self.manifest["stage"]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most bytes of the weights have, in safetensors' spelling."""
+        sizes = Counter[str]()
+        for entry in self.weights.values():
+            sizes[entry.dtype] += entry.nbytes
+        return sizes.most_common(1)[0][0] if sizes else "F32"
+
+    def check_finite(self, allow: bool = False) -> list[str]:
+        """Names of the tensors that hold NaN or infinity; R207 if the model reads one, unless `allow` is set."""
+        rows = self.spec.tensors()
+        bad = [name for name, entry in self.weights.items() if not is_finite(entry)]
+        read = [name for name in bad if rows[name].read]
+        if read and not allow:
+            why = f"{len(read)} tensors hold NaN or infinity: {listed(read)}"
+            raise fail("R207", where=self.path, why=why, fix="Get the weights again, or pass --allow-nonfinite where offered")
+        if bad:
+            logging.getLogger(__name__).warning("%s: NaN or infinity in %s", self.path, listed(bad))
+        return bad
+
+
+def is_finite(entry: Entry) -> bool:
+    """True if no value of a floating-point tensor is NaN or infinite; reads it in blocks."""
+    ones = ALL_ONES[entry.dtype]
+    return not any(((bits(block) & ones) == ones).any() for block in blocks(read_raw(entry)))
+
+
+def bits(raw: Raw) -> Raw:
+    """Raw values as unsigned integers of the same width."""
+    return raw.view(f"<u{raw.itemsize}")
+
+
+def open_folder(path: Path | str, *, weights: bool = True) -> ModelFolder:
+    """Open and check a model folder; `weights=False` reads the config alone.
+
+    R201 unreadable, R202 bad weights file, R203 tensors that do not fit, R204 bad config or manifest, R205 unsupported.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        why = "it is no folder" if path.exists() else "there is no such folder"
+        raise fail("R201", where=path, why=why, fix="Give the folder that holds config.json and the weights")
+    config = read_json(contained(path, CONFIG))
+    try:
+        spec = read_config(config)
+        rows = spec.tensors()
+    except RadladsError as error:
+        raise fail(error.code, where=path / error.where, why=error.why, fix=error.fix) from None
+    except (TypeError, ValueError) as error:
+        raise fail("R204", where=path / CONFIG, why=str(error), fix="Get the file again from its source") from None
+    manifest = read_manifest(path, spec)
+    return ModelFolder(path, config, spec, fitting(path, spec, rows, open_weights(path)) if weights else {}, manifest)
+
+
+def read_manifest(path: Path, spec: ModelSpec) -> dict[str, Any] | None:
+    """The checked manifest, None where there is none; R204."""
+    if not os.path.lexists(path / MANIFEST):
+        return None
+    manifest = read_json(contained(path, MANIFEST))
+    stages = (0, 1, 2, 3) if spec.recurrent else (0, 1, 2, 3, None)
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise fail("R204", where=path / MANIFEST, why=f"it is no manifest of schema {SCHEMA}", fix="Update radlads, or make the folder again")
+    stage = manifest.get("stage")
+    if isinstance(stage, bool | float) or not isinstance(stage, int | None) or stage not in stages:
+        raise fail("R204", where=path / MANIFEST, why=f"stage {stage!r} is none of 0 to 3", fix="Make the folder again")
+    return manifest
+
+
+def fitting(path: Path, spec: ModelSpec, rows: Mapping[str, Row], stored: dict[str, Entry]) -> dict[str, Entry]:
+    """The entries of the spec's tensors in its order; R203 names all that are missing, unknown or of another shape."""
+    stored = {name: entry for name, entry in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if spec.tie_embeddings and head in stored and embedding in stored:
+        check_tied(path, stored.pop(head), stored[embedding])
+    faults = [f"{name} is missing" for name in rows if name not in stored]
+    faults += [f"{name} is unknown" for name in stored if name not in rows]
+    for name, entry in stored.items():
+        if name in rows and entry.shape != rows[name].shape:
+            faults.append(f"{name} is {list(entry.shape)}, the config needs {list(rows[name].shape)}")
+        elif entry.dtype not in FLOATS:
+            faults.append(f"{name} is {entry.dtype}, not one of {', '.join(FLOATS)}")
+    if {"F16", "BF16"} <= {entry.dtype for entry in stored.values()}:
+        faults.append("F16 and BF16 are mixed, as if the shards came from two models")
+    if faults:
+        raise fail("R203", where=path, why=f"{len(faults)} faults: {listed(faults)}", fix="Check that config and weights belong together")
+    return {name: stored[name] for name in rows}
+
+
+def check_tied(path: Path, head: Entry, embedding: Entry) -> None:
+    """R203 unless a stored head equals the embedding it is said to be tied to."""
+    same = head.shape == embedding.shape and head.dtype in FLOATS and embedding.dtype in FLOATS
+    if same and head.dtype == embedding.dtype:
+        same = all(np.array_equal(bits(a), bits(b)) for a, b in zip(blocks(read_raw(head)), blocks(read_raw(embedding)), strict=True))
+    elif same:
+        pairs = zip(read_raw(head), read_raw(embedding), strict=True)
+        same = all(np.array_equal(decode(a, head.dtype), decode(b, embedding.dtype)) for a, b in pairs)
+    if not same:
+        why = "the config ties lm_head to the embedding, yet a different lm_head.weight is stored"
+        raise fail("R203", where=path, why=why, fix="Set tie_word_embeddings to false in config.json, or remove lm_head.weight")
+
+
+def save_folder(
+    final: Path | str,
+    *,
+    spec: ModelSpec,
+    tensors: Iterable[tuple[str, str, Raw]],
+    source: ModelFolder | None,
+    dtype: str,
+    manifest: Mapping[str, Any],
+    extra_files: Mapping[str, bytes] | None = None,
+    config_extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    dtypes: Mapping[str, str] | None = None,
+) -> ModelFolder:
+    """Write a model folder, complete or not at all, and open it.
+
+    `tensors` yields (name, dtype, raw bits) in the spec's order; all have `dtype` but those named in `dtypes`.
+    Non-weight files come from `source` byte for byte, `extra_files` win. R401 and R402, and then nothing is left.
+    """
+    final, extra_files = Path(final), extra_files or {}
+    check_target(final, source, overwrite)
+    plan = {name: ((dtypes or {}).get(name, dtype), row.shape) for name, row in spec.tensors().items()}
+    copied = inherited(source) if source else []
+    before = fingerprint(source)
+    needed = sum(map(tensor_bytes, plan.values())) + sum(file.stat().st_size for file in copied)
+    check_space(final.parent, needed)
+    with new_folder(final, overwrite=overwrite) as folder:
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
+        for name, data in extra_files.items():
+            if not is_plain_name(name) or name in (CONFIG, MANIFEST) or name.endswith(WEIGHT_SUFFIXES):
+                raise ValueError(f"{name!r} cannot be an extra file")
+            write_file(folder / name, data)
+        config = {**write_config(spec), "dtype": CONFIG_DTYPES[dtype]}
+        kept = {key: source.config[key] for key in TOKEN_KEYS if source and key in source.config}
+        write_file(folder / CONFIG, to_json({**config, **kept, **(config_extra or {})}))
+        write_shards(folder, tensors, plan)
+        if fingerprint(source) != before:
+            raise fail("R201", where=source.path if source else final, why="it changed while it was read", fix="Start again")
+        history = list(source.manifest.get("history", [])) if source and source.manifest else []
+        hashes = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        record = {"schema": SCHEMA, "stage": None, "history": history, "files": hashes, **manifest}
+        write_file(folder / MANIFEST, to_json(record))
+    return open_folder(final)
+
+
+def check_target(final: Path, source: ModelFolder | None, overwrite: bool) -> None:
+    """R401 if the output is the input, lies in it or holds it, or if overwriting would remove what is no model folder."""
+    target = Path(os.path.realpath(final))
+    if source is not None:
+        origin = Path(os.path.realpath(source.path))
+        if target == origin or origin in target.parents or target in origin.parents:
+            raise fail("R401", where=final, why=f"it is, holds or lies in the input {origin}", fix="Choose a folder elsewhere")
+    if overwrite and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise fail("R401", where=final, why=f"it holds no {MANIFEST}, so it is not replaced", fix="Choose another folder, or remove it yourself")
+
+
+def inherited(source: ModelFolder) -> list[Path]:
+    """Files that go on to the next folder: neither weights nor config; code and model card only from a folder of ours."""
+    ours = source.manifest is not None
+    skipped = {CONFIG, MANIFEST} if ours else {CONFIG, MANIFEST, "README.md"}
+    names = sorted(path.name for path in source.path.iterdir() if path.is_file())
+    return [
+        contained(source.path, name)
+        for name in names
+        if name not in skipped
+        and not name.startswith(".")
+        and not name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+        and (ours or not name.endswith(".py"))
+    ]
+
+
+def fingerprint(source: ModelFolder | None) -> list[tuple[str, int, int, int]]:
+    """(name, size, time, inode) of the weights files of a folder, to notice a change under our hands."""
+    paths = sorted({entry.path for entry in source.weights.values()}) if source else []
+    stats = [(path, path.stat()) for path in paths if path.exists()]
+    return [(path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
+
+
+def tensor_bytes(planned: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of one planned tensor."""
+    dtype, shape = planned
+    total = np.dtype(DTYPES[dtype]).itemsize
+    for size in shape:
+        total *= size
+    return total
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, str, Raw]], plan: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Write the weights as one file, or as shards of at most `SHARD_BYTES` with their index."""
+    shards = list(split(plan))
+    stream = iter(tensors)
+    places: dict[str, str] = {}
+    for number, part in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_weights(folder / name, islice(stream, len(part)), part)
+        places |= dict.fromkeys(part, name)
+    if next(stream, None) is not None:
+        raise ValueError("more tensors came than the spec has")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(map(tensor_bytes, plan.values()))}, "weight_map": places}
+        write_file(folder / INDEX, to_json(index))
+
+
+def split(plan: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
+    """The plan in parts of at most `SHARD_BYTES`, order kept; a larger tensor stands alone."""
+    part: dict[str, tuple[str, tuple[int, ...]]] = {}
+    size = 0
+    for name, planned in plan.items():
+        if part and size + tensor_bytes(planned) > SHARD_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = planned
+        size += tensor_bytes(planned)
+    yield part
+
+
+def to_json(value: object) -> str:
+    """JSON as the files of a model folder have it: two spaces, a line feed at the end."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,511 @@
+"""The strict safetensors reader against hand-made bad files and against the reference library, and the streaming writer."""
+
+import json
+import os
+import random
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from radlads import tensors
+from radlads.errors import RadladsError
+from radlads.tensors import decode, encode, open_weights, read_float32, read_header, read_raw, write_weights
+
+
+def pack(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file from a header (object, text or bytes) and its data."""
+    text = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def one(dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4), data: bytes = b"\0" * 4, **more: object) -> bytes:
+    """A file of one tensor `a`."""
+    return pack({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}, data)
+
+
+def two(first: tuple[int, int], second: tuple[int, int], size: int, shapes: tuple[int, int] = (1, 1)) -> bytes:
+    """A file of two float tensors at the given spans."""
+    spans = {"a": (first, shapes[0]), "b": (second, shapes[1])}
+    return pack({name: {"dtype": "F32", "shape": [n], "data_offsets": span} for name, (span, n) in spans.items()}, b"\0" * size)
+
+
+GOOD = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+ZERO = b"\0" * 4
+
+# name -> (bytes, words the message must hold); each is refused with R202
+BAD: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "0 bytes"),
+    "seven bytes": (b"\1" * 7, "7 bytes"),
+    "length 0": (struct.pack("<Q", 0), "header length is 0"),
+    "length 2^63": (pack(GOOD, ZERO, 2**63), "header length"),
+    "length 2^64-1": (pack(GOOD, ZERO, 2**64 - 1), "header length"),
+    "length 2^64-8 wraps to 0": (pack(GOOD, ZERO, 2**64 - 8), "header length"),
+    "length 99 MB in a small file": (pack(GOOD, ZERO, 99_000_000), "cut"),
+    "length one past the end": (pack(GOOD, b"", len(GOOD) + 1), "cut"),
+    "length 100,000,001": (pack(GOOD, ZERO, 100_000_001), "header length"),
+    "no JSON": (pack("{hello}"), ""),
+    "half JSON": (pack(GOOD[:-1]), ""),
+    "two JSON values": (pack(GOOD + "{}", ZERO), ""),
+    "array on top": (pack("[1, 2]"), "begin with"),
+    "string on top": (pack('"abc"'), "begin with"),
+    "leading space": (pack(" " + GOOD, ZERO), "begin with"),
+    "byte order mark": (pack("\ufeff" + GOOD, ZERO), "begin with"),
+    "bad UTF-8": (pack(GOOD.encode().replace(b'"a"', b'"\xff"'), ZERO), "UTF-8"),
+    "overlong UTF-8": (pack(GOOD.encode().replace(b'"a"', b'"\xc0\x80"'), ZERO), "UTF-8"),
+    "UTF-16": (pack(GOOD.encode("utf-16-le"), ZERO), ""),
+    "raw control character": (pack('{"a\n":' + GOOD[5:], ZERO), ""),
+    "duplicate name": (pack("{" + GOOD[1:-1] + "," + GOOD[1:], ZERO), "twice"),
+    "duplicate field": (pack(GOOD.replace('"shape":[1]', '"shape":[1],"shape":[1]'), ZERO), "twice"),
+    "duplicate metadata": (pack('{"__metadata__":{},"__metadata__":{},' + GOOD[1:], ZERO), "twice"),
+    "metadata number": (pack('{"__metadata__":{"a":1},' + GOOD[1:], ZERO), "__metadata__"),
+    "metadata list": (pack('{"__metadata__":[],' + GOOD[1:], ZERO), "__metadata__"),
+    "metadata half surrogate": (pack('{"__metadata__":{"a":"\\ud800"},' + GOOD[1:], ZERO), "surrogate"),
+    "full overlap": (two((0, 4), (0, 4), 4), "overlaps"),
+    "partial overlap": (two((0, 8), (4, 12), 12, (2, 2)), "overlaps"),
+    "zero-size inside another": (two((0, 8), (4, 4), 8, (2, 0)), "overlaps"),
+    "hole": (two((0, 4), (8, 12), 12), "hole"),
+    "hole at the start": (one(offsets=(4, 8), data=b"\0" * 8), "hole"),
+    "span past the end": (one(shape=[2], offsets=(0, 8)), "cut"),
+    "cut in the data": (one(data=b"\0" * 3), "cut"),
+    "no data": (one(data=b""), "cut"),
+    "trailing byte": (one(data=b"\0" * 5), "follow the last"),
+    "ZIP appended": (one(data=ZERO + b"PK\3\4" + b"\0" * 40), "follow the last"),
+    "data without tensors": (pack("{}", b"abc"), "follow the last"),
+    "shape too big": (one(shape=[2]), "takes 8 bytes"),
+    "shape too small": (one(shape=[1], offsets=(0, 8), data=b"\0" * 8), "takes 4 bytes"),
+    "begin after end": (one(offsets=(4, 0)), "begin and end"),
+    "negative offset": (one(offsets=(-4, 0)), "natural"),
+    "negative dimension": (one(shape=[-1]), "natural"),
+    "minus zero": (pack(GOOD.replace("[0,4]", "[-0,4]"), ZERO), "natural"),
+    "shape [-1] and offset 2^64-1": (one(shape=[-1], offsets=(0, 2**64 - 1)), "natural"),
+    "offset 2^64": (one(offsets=(0, 2**64)), "natural"),
+    "offset of 5000 digits": (pack(GOOD.replace("4]", "4" + "0" * 5000 + "]"), ZERO), "natural"),
+    "product overflows to 0": (one(shape=[2**32, 2**32], offsets=(0, 0), data=b""), "overflows"),
+    "product overflows to the right size": (one(shape=[2**62 + 4], offsets=(0, 16), data=b"\0" * 16), "overflows"),
+    "product overflows beside a 0": (one(shape=[2**63, 4, 0], offsets=(0, 0), data=b""), "overflows"),
+    "unknown dtype": (one(dtype="F31"), "unknown"),
+    "lower-case dtype": (one(dtype="f32"), "unknown"),
+    "dtype number": (one(dtype=32), "unknown"),
+    "dtype with escape codes": (one(dtype="\x1b[2J"), "unknown"),
+    "fp8 E4M3": (one(dtype="F8_E4M3", shape=[4]), "convert the model to BF16"),
+    "fp8 E5M2": (one(dtype="F8_E5M2", shape=[4]), "convert the model to BF16"),
+    "fp8 E8M0": (one(dtype="F8_E8M0", shape=[4]), "convert the model to BF16"),
+    "fp4": (one(dtype="F4", shape=[8]), "convert the model to BF16"),
+    "float shape": (one(shape=[1.0]), "whole numbers"),
+    "exponent shape": (pack(GOOD.replace("[1]", "[1e0]"), ZERO), "whole numbers"),
+    "string shape": (one(shape=["1"]), "whole numbers"),
+    "shape true": (one(shape=[True]), "whole numbers"),
+    "shape null": (one(shape=None), "whole numbers"),
+    "shape nested": (one(shape=[[1]]), "whole numbers"),
+    "float offsets": (one(offsets=[0.0, 4.0]), "whole numbers"),
+    "shape NaN": (pack(GOOD.replace("[1]", "[NaN]"), ZERO), "NaN"),
+    "one offset": (one(offsets=[4]), "begin and end"),
+    "three offsets": (one(offsets=[0, 4, 8]), "begin and end"),
+    "offsets a number": (one(offsets=4), "whole numbers"),
+    "missing shape": (pack({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, ZERO), "are needed"),
+    "missing dtype": (pack({"a": {"shape": [1], "data_offsets": [0, 4]}}, ZERO), "are needed"),
+    "unknown field": (one(strides=[1]), "nothing else"),
+    "tensor is a list": (pack({"a": ["F32", [1], [0, 4]]}, ZERO), "are needed"),
+    "tensor is null": (pack({"a": None}), "are needed"),
+    "100,000 brackets": (pack('{"a":' + "[" * 100_000), "too deep"),
+    "100,000 brackets, closed": (pack('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "too deep"),
+    "two million lists": (pack('{"a":[' + "[]," * 2_000_000 + "0]}"), "too many"),
+    "65 dimensions": (one(shape=[1] * 65), "65 dimensions"),
+    "9 dimensions": (one(shape=[1] * 9), "9 dimensions"),
+    "empty name": (pack('{"":' + GOOD[5:], ZERO), "tensor name"),
+    "name with NUL": (pack('{"a\\u0000":' + GOOD[5:], ZERO), "tensor name"),
+    "name with line feed": (pack('{"a\\nb":' + GOOD[5:], ZERO), "tensor name"),
+    "name with escape codes": (pack('{"\\u001b[31m":' + GOOD[5:], ZERO), "tensor name"),
+    "name that turns text around": (pack('{"a\\u202eb":' + GOOD[5:], ZERO), "tensor name"),
+    "name of half a surrogate": (pack('{"\\ud800":' + GOOD[5:], ZERO), "tensor name"),
+    "name of 513 bytes": (pack('{"' + "a" * 513 + '":' + GOOD[5:], ZERO), "tensor name"),
+    "name of 64 KB": (pack('{"' + "a" * 65536 + '":' + GOOD[5:], ZERO), "tensor name"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+    "web page": (b"<!DOCTYPE html>\n<html><head></head></html>", "web page"),
+    "web page without doctype": (b"\n  <HTML lang=en><body>404</body></HTML>", "web page"),
+    "pickle": (b"\x80\x04\x95\x10\0\0\0\0\0\0\0}\x94.", "pickle"),
+    "PyTorch archive": (b"PK\3\4\0\0\x08\x08\0\0archive/data.pkl", "pickle"),
+    "GGUF": (b"GGUF\3\0\0\0" + b"\0" * 40, "GGUF"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_file_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    data, words = BAD[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(RadladsError) as caught:
+        open_weights(tmp_path)
+    assert caught.value.code == "R202"
+    assert words in caught.value.why
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value) and len(str(caught.value)) < 2500
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("case", [case for case, (data, _) in BAD.items() if len(data) < 100_000])
+def test_mutants_of_bad_files_raise_nothing_else(case: str, tmp_path: Path) -> None:
+    path, rng = tmp_path / "x.safetensors", random.Random(case)
+    for _ in range(20):
+        data = bytearray(BAD[case][0])
+        for _ in range(rng.randint(1, 3)):
+            if data:
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            read_header(path)
+        except RadladsError as error:
+            assert error.code == "R202"
+
+
+@pytest.mark.parametrize(
+    ("data", "shape"),
+    [
+        (one(), (1,)),
+        (one(shape=[]), ()),
+        (one(shape=[1] * 8), (1,) * 8),
+        (one(shape=[0, 5], offsets=(0, 0), data=b""), (0, 5)),
+        (pack('{"__metadata__":null,' + GOOD[1:], ZERO), (1,)),
+        (pack(GOOD + "   ", ZERO), (1,)),
+        (pack('{"a": {"data_offsets" : [0, 4], "dtype": "F32", "shape": [1]}}', ZERO), (1,)),
+    ],
+)  # fmt: skip
+def test_odd_but_valid_files_are_read(data: bytes, shape: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(data)
+    entry = read_header(tmp_path / "x.safetensors")["a"]
+    assert entry.shape == shape and read_raw(entry).shape == shape and entry.nbytes == 4 * np.prod(shape)
+
+
+def test_names_are_data_and_never_paths(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(pack('{"../../etc/passwd":' + GOOD[5:], ZERO))
+    entry = read_header(tmp_path / "x.safetensors")["../../etc/passwd"]
+    assert entry.path == tmp_path / "x.safetensors" and read_raw(entry).tolist() == [0.0]
+
+
+def test_header_length_limit_is_exact(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for length, code in ((100_000_000, None), (100_000_001, "R202")):
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", length) + GOOD.encode())
+            file.write(b" " * (length - len(GOOD)) + ZERO)
+        if code is None:
+            assert list(read_header(path)) == ["a"]
+        else:
+            with pytest.raises(RadladsError, match=code):
+                read_header(path)
+
+
+def test_200_000_empty_tensors_take_less_than_5_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pack({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}))
+    start = time.perf_counter()
+    assert len(read_header(path)) == 200_000
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "nothing", "device"])
+def test_no_regular_file_is_r201(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(RadladsError, match="R201"):
+        read_header(Path("/dev/null") if kind == "device" else path)
+
+
+def mutants(seed: int, count: int) -> Any:
+    """Small valid files with bytes, numbers or pieces changed, each with the seed's generator."""
+    rng = random.Random(seed)
+    seeds = [pack(GOOD, ZERO), two((0, 4), (4, 8), 8), two((0, 0), (0, 8), 8, (0, 2)), one("BF16", [2]), one("BOOL", [4])]
+    seeds.append(pack('{"__metadata__":{"format":"pt"},' + GOOD[1:] + "  ", ZERO))
+    seeds.append(pack({"a": {"dtype": "F16", "shape": [2, 1], "data_offsets": [4, 8]}, "b": {"dtype": "I64", "shape": [0], "data_offsets": [4, 4]},
+                       "c": {"dtype": "I32", "shape": [], "data_offsets": [0, 4]}}, b"\1\2\3\4\5\6\7\x08"))  # fmt: skip
+    tokens = [b"0", b"-0", b"-1", b"1", b"2", b"4", b"8", b"1.0", b"1e1", b"18446744073709551615", b"9223372036854775808", b"[", b"]", b"{", b"}", b",", b":",
+              b'"', b"null", b"true", b" ", b"\n", b"\\u0000", b"\\ud800", b'"F32"', b'"F16"', b'"F8_E4M3"', b'"U8"', b'"F64"', b'"C64"', b'"shape"', b'"a"', b'"b"',
+              b"[]", b"[0]", b"[1]", b"[0,4]", b"[4,0]", b"NaN", b"\xff", b"\xc3\xa9"]  # fmt: skip
+    for _ in range(count):
+        base = rng.choice(seeds)
+        (length,) = struct.unpack("<Q", base[:8])
+        header, data = bytearray(base[8 : 8 + length]), base[8 + length :]
+        for _ in range(rng.randint(1, 3)):
+            at, kind = rng.randrange(len(header) + 1), rng.randrange(7)
+            numbers = [i for i, byte in enumerate(header) if 48 <= byte < 58]
+            if kind == 0 and numbers:
+                spot = rng.choice(numbers)
+                header[spot : spot + 1] = rng.choice(tokens[:11])
+            elif kind == 1:
+                header[at:at] = rng.choice(tokens)
+            elif kind == 2:
+                header[at : at + rng.randint(1, 8)] = b""
+            elif kind == 3:
+                header[at : at + 1] = bytes([rng.randrange(256)])
+            elif kind == 4:
+                cut = rng.randrange(len(header) + 1)
+                header[at:at] = header[min(at, cut) : max(at, cut)]
+            elif kind == 5:
+                data = data[: rng.randint(0, len(data))] if rng.random() < 0.5 else data + b"\0" * rng.randint(1, 4)
+            else:
+                pair = sorted((at, rng.randrange(len(header) + 1)))
+                header[pair[0] : pair[1]] = bytes(header[pair[0] : pair[1]]).replace(b"4", rng.choice(tokens[:11]))
+        drift = rng.choice((0, 0, 0, 0, 0, 0, 0, 0, 1, -1, 8))
+        yield pack(bytes(header), data, max(0, len(header) + drift))
+
+
+def reference(data: bytes) -> dict[str, tuple[str, list[int], bytes]] | None:
+    """What the reference library reads, None if it refuses."""
+    try:
+        return {name: (item["dtype"], item["shape"], bytes(item["data"])) for name, item in safetensors.deserialize(data)}
+    except safetensors.SafetensorError:
+        return None
+
+
+def test_reader_agrees_with_the_reference_library(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    accepted = stricter = 0
+    for data in mutants(seed=7, count=10_000):
+        path.write_bytes(data)
+        theirs = reference(data)
+        try:
+            entries = read_header(path)
+        except RadladsError as error:
+            assert error.code == "R202"
+            stricter += theirs is not None
+            continue
+        assert theirs is not None, f"accepted what the reference refuses: {data!r}"
+        ours = {name: (entry.dtype, list(entry.shape), read_raw(entry).tobytes()) for name, entry in entries.items()}
+        assert ours == theirs, data
+        accepted += 1
+    assert accepted > 500 and stricter > 50, (accepted, stricter)  # otherwise the mutants no longer test both sides
+
+
+PATTERNS = {
+    "F32": np.array([0, 0x80000000, 1, 0x807FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0x3F800000], np.uint32),
+    "F16": np.arange(65536, dtype=np.uint16),
+    "BF16": np.arange(65536, dtype=np.uint16),
+}
+
+
+@pytest.mark.parametrize("dtype", PATTERNS)
+def test_every_bit_survives_write_and_read(dtype: str, tmp_path: Path) -> None:
+    stored = PATTERNS[dtype].view(tensors.DTYPES[dtype])
+    write_weights(tmp_path / "model.safetensors", [("a", dtype, stored)], {"a": (dtype, stored.shape)})
+    raw = read_raw(open_weights(tmp_path)["a"])
+    assert raw.tobytes() == PATTERNS[dtype].tobytes()
+    assert reference((tmp_path / "model.safetensors").read_bytes()) == {"a": (dtype, list(stored.shape), PATTERNS[dtype].tobytes())}
+
+
+def test_decoding_and_encoding_bf16_match_ml_dtypes() -> None:
+    every = np.arange(65536, dtype=np.uint16)
+    values = decode(every, "BF16")
+    np.testing.assert_array_equal(values.view(np.uint32), every.astype(np.uint32) << 16)
+    finite = ~np.isnan(values)
+    assert (encode(values, "BF16")[finite] == every[finite]).all()
+    assert np.isnan(decode(encode(values, "BF16"), "BF16")[~finite]).all()
+    rng = np.random.default_rng(0)
+    random_bits = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    random_bits = random_bits[~np.isnan(random_bits)]
+    halfway = (every.astype(np.uint32) << 16 | 0x8000).view(np.float32)
+    for sample in (random_bits, halfway[~np.isnan(halfway)]):
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(encode(sample, "BF16"), sample.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_encoding_keeps_every_nan_and_the_shape() -> None:
+    nans = np.array([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], np.uint32).view(np.float32).reshape(5, 1)
+    for dtype in ("F32", "F16", "BF16"):
+        raw = encode(nans, dtype)
+        assert raw.shape == (5, 1) and np.isnan(decode(raw, dtype)).all()
+    assert encode(np.float32(1.0).reshape(()), "BF16").shape == ()
+
+
+def test_whole_numbers_are_not_weights(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(one("I32"))
+    with pytest.raises(RadladsError, match="R202.*I32"):
+        read_float32(read_header(tmp_path / "x.safetensors")["a"])
+
+
+def test_file_cut_after_opening_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(one())
+    entry = read_header(tmp_path / "x.safetensors")["a"]
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(RadladsError, match="R201"):
+        read_raw(entry)
+
+
+def test_writer_aligns_wide_tensors_and_the_reference_reads_it(tmp_path: Path) -> None:
+    plan = {"half": ("BF16", (3,)), "wide": ("F32", (2, 2)), "byte": ("U8", (1,)), "none": ("F32", (0,))}
+    arrays = {"half": np.array([1, 2, 3], np.uint16), "wide": np.eye(2, dtype=np.float32), "byte": np.array([9], np.uint8), "none": np.zeros(0, np.float32)}
+    path = tmp_path / "x.safetensors"
+    write_weights(path, ((name, plan[name][0], arrays[name]) for name in plan), plan, {"format": "pt", "note": "ß"})
+    entries = read_header(path)
+    assert all(entry.start % np.dtype(tensors.DTYPES[entry.dtype]).itemsize == 0 for entry in entries.values())
+    assert reference(path.read_bytes()) == {name: (plan[name][0], list(plan[name][1]), arrays[name].tobytes()) for name in plan}
+    with safetensors.safe_open(path, "np") as file:
+        assert file.metadata() == {"format": "pt", "note": "ß"}
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [],
+        [("a", "F32", np.zeros(2, np.float32))],
+        [("b", "F32", np.zeros(2, np.float32)), ("a", "F32", np.zeros(2, np.float32))],
+        [("a", "F32", np.zeros(3, np.float32)), ("b", "F32", np.zeros(2, np.float32))],
+        [("a", "F32", np.zeros(2, np.float64)), ("b", "F32", np.zeros(2, np.float32))],
+        [("a", "BF16", np.zeros(2, np.uint16)), ("b", "F32", np.zeros(2, np.float32))],
+        [("a", "F32", np.zeros(2, np.float32)), ("b", "F32", np.zeros(2, np.float32)), ("c", "F32", np.zeros(2, np.float32))],
+    ],
+)  # fmt: skip
+def test_writer_refuses_other_tensors_than_planned_and_leaves_nothing(stream: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_weights(tmp_path / "x.safetensors", stream, {"a": ("F32", (2,)), "b": ("F32", (2,))})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("plan", [{"": ("F32", (1,))}, {"a\n": ("F32", (1,))}, {"a": ("F32", (1,) * 9)}, {"a" * 513: ("F32", (1,))}])
+def test_writer_refuses_what_the_reader_would(plan: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_weights(tmp_path / "x.safetensors", [], plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_tensors_are_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "BLOCK", 64)
+    array = np.arange(1001, dtype=np.float32).reshape(7, 143)
+    write_weights(tmp_path / "x.safetensors", [("a", "F32", array)], {"a": ("F32", array.shape)})
+    assert [block.size for block in tensors.blocks(array)] == [16] * 62 + [9]
+    np.testing.assert_array_equal(read_float32(read_header(tmp_path / "x.safetensors")["a"]), array)
+
+
+def shard(folder: Path, name: str, *names: str) -> None:
+    """Write a shard of one-element tensors."""
+    plan = {tensor: ("F32", (1,)) for tensor in names}
+    write_weights(folder / name, [(tensor, "F32", np.ones(1, np.float32)) for tensor in names], plan)
+
+
+def index(folder: Path, places: object, **metadata: object) -> None:
+    """Write an index file."""
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": metadata, "weight_map": places}))
+
+
+def shard_set(folder: Path) -> dict[str, str]:
+    """A sound set of two shards with three tensors."""
+    shard(folder, "model-1.safetensors", "a", "b")
+    shard(folder, "model-2.safetensors", "c")
+    return {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+
+
+def test_shards_are_read_in_the_order_of_the_index(tmp_path: Path) -> None:
+    places = shard_set(tmp_path)
+    index(tmp_path, {name: places[name] for name in "cab"}, total_size=12)
+    entries = open_weights(tmp_path)
+    assert list(entries) == ["c", "a", "b"] and entries["c"].path.name == "model-2.safetensors"
+
+
+def test_wrong_total_size_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index(tmp_path, shard_set(tmp_path), total_size=13)
+    assert len(open_weights(tmp_path)) == 3
+    assert "total_size is 13" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../model-1.safetensors", "/etc/model.safetensors", "x/../model-1.safetensors", "", ".", "..", "model-1.bin", "C:\\m.safetensors", "m\0.safetensors",
+     "a/b.safetensors", "~\n.safetensors", 5, None, ["model-1.safetensors"]],
+)  # fmt: skip
+def test_shard_names_are_plain_file_names(name: object, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    places = shard_set(folder)
+    shard(tmp_path, "model-1.safetensors", "a", "b")
+    index(folder, {**places, "b": name})
+    with pytest.raises(RadladsError, match="R203"):
+        open_weights(folder)
+
+
+def test_all_missing_shards_are_named_at_once(tmp_path: Path) -> None:
+    index(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-3.safetensors"})
+    shard(tmp_path, "model-2.safetensors", "b")
+    with pytest.raises(RadladsError, match="R201.*2 of 3 shards missing: model-1.safetensors; model-3.safetensors"):
+        open_weights(tmp_path)
+
+
+def test_stray_shard_is_refused(tmp_path: Path) -> None:
+    index(tmp_path, shard_set(tmp_path))
+    shard(tmp_path, "model-3.safetensors", "d")
+    with pytest.raises(RadladsError, match="R203.*model-3.safetensors"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"d": "model-2.safetensors"}, "d"), ({"a": "model-2.safetensors"}, "a"), ({"c": None}, "c")],
+    ids=["in the index only", "in another shard", "in the shard only"],
+)  # fmt: skip
+def test_index_and_shards_must_agree(change: dict[str, str | None], words: str, tmp_path: Path) -> None:
+    places = {**shard_set(tmp_path), **change}
+    if places["c"] is None:
+        shard(tmp_path, "model-2.safetensors", "c", "d")
+        places["d"] = "model-2.safetensors"
+    index(tmp_path, {name: place for name, place in places.items() if place})
+    with pytest.raises(RadladsError, match=f"R203.*disagree about 1 tensors: {words}"):
+        open_weights(tmp_path)
+
+
+def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    index(tmp_path, shard_set(tmp_path))
+    shard(tmp_path, "model-2.safetensors", "b", "c")
+    with pytest.raises(RadladsError, match="R203.*tensor b lies in model-1.safetensors and in model-2.safetensors"):
+        open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map":[]}', '{"weight_map":{}}', '{"weight_map":{"a":"b","a":"b"}}', "\x80", "[" * 9999])
+def test_bad_index_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text, "latin-1")
+    with pytest.raises(RadladsError, match="R203"):
+        open_weights(tmp_path)
+
+
+def test_links_may_not_leave_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shard(tmp_path, "model.safetensors", "a")
+    (folder / "model.safetensors").symlink_to("../model.safetensors")
+    with pytest.raises(RadladsError, match="R201.*leaves the model folder"):
+        open_weights(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(RadladsError, match="R201"):
+        open_weights(folder)
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "0123"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    shard(blobs, "abcdef", "a")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abcdef")
+    assert list(open_weights(snapshot)) == ["a"]
+    shard(tmp_path, "outside", "a")
+    (blobs / "abcdef").unlink()
+    (blobs / "abcdef").symlink_to("../../outside")
+    with pytest.raises(RadladsError, match="R201"):
+        open_weights(snapshot)
+
+
+def test_folder_without_weights_names_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(RadladsError, match=r"R201.*no model\.safetensors"):
+        open_weights(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(RadladsError, match=r"R201.*pytorch_model\.bin, which is not loaded"):
+        open_weights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(pack("{}"))
+    with pytest.raises(RadladsError, match="R203.*no tensors"):
+        open_weights(tmp_path)

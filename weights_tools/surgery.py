@@ -1,0 +1,102 @@
+"""Teacher folder to step-0 student folder: the teacher's tensors bit for bit, first values for the new ones.
+
+numpy only, tensor by tensor. Training starts from the folder; protocol section 1.2 is the method.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from radlads.errors import fail
+from radlads.files import sha256
+from radlads.folder import CONFIG, ModelFolder, save_folder
+from radlads.inits import first_values
+from radlads.spec import ModelSpec
+from radlads.tensors import Raw, encode, read_raw
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def make_student(
+    teacher: ModelFolder,
+    output_dir: Path | str,
+    *,
+    arch: str,
+    keep_softmax: Sequence[int] = (),
+    options: Mapping[str, Any],
+    seed: int = 1337,
+    extra_files: Mapping[str, bytes] | None = None,
+    config_extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    untie: bool = False,
+) -> ModelFolder:
+    """Write the untrained student of a teacher: `arch` in every layer but `keep_softmax`.
+
+    `options` are fields of MixerOptions; `untie` gives a tied teacher's student a head of its own, equal to the embedding.
+    R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
+    """
+    spec = student_spec(teacher, arch, keep_softmax, options)
+    if untie:
+        spec = replace(spec, tie_embeddings=False)
+    teacher.check_finite()
+    copied = copies(teacher, spec)
+    record = {
+        "stage": 0,
+        "teacher": teacher_record(teacher),
+        "student": {"arch": arch, "keep_softmax": sorted(keep_softmax), "options": dict(options), "seed": seed},
+        "history": [{"stage": 0, "kind": "init", "seed": seed}],
+    }
+    return save_folder(
+        output_dir,
+        spec=spec,
+        tensors=student_tensors(teacher, spec, copied, seed),
+        source=teacher,
+        dtype=teacher.dtype,
+        dtypes={name: teacher.weights[origin].dtype for name, origin in copied.items()},
+        manifest=record,
+        extra_files=extra_files,
+        config_extra=config_extra,
+        overwrite=overwrite,
+    )
+
+
+def student_spec(teacher: ModelFolder, arch: str, keep_softmax: Sequence[int], options: Mapping[str, Any]) -> ModelSpec:
+    """The student's spec; R103 if the folder holds a student already, R101 for a choice that is not possible."""
+    if teacher.spec.recurrent is not None:
+        why = f"it is a student already ({teacher.spec.recurrent})"
+        raise fail("R103", where=teacher.path, why=why, fix="Give the softmax-attention teacher")
+    try:
+        return teacher.spec.as_student(arch, tuple(sorted(set(keep_softmax))), **options)
+    except ValueError as error:
+        raise fail("R101", where="student", why=str(error), fix="Correct --student-arch, --keep-softmax or --set student.*") from None
+
+
+def copies(teacher: ModelFolder, spec: ModelSpec) -> dict[str, str]:
+    """Student tensor -> teacher tensor for all that are taken over; an untied head comes from the embedding."""
+    rows = spec.tensors()
+    names = {name: name for name, row in rows.items() if row.init == "copy"}
+    if HEAD in names and HEAD not in teacher.weights:
+        names[HEAD] = EMBEDDING
+    return names
+
+
+def student_tensors(teacher: ModelFolder, spec: ModelSpec, copied: Mapping[str, str], seed: int) -> Iterator[tuple[str, str, Raw]]:
+    """(name, dtype, raw bits) of every student tensor in the spec's order; new ones in the teacher's main dtype."""
+    dtype = teacher.dtype
+    for name, row in spec.tensors().items():
+        if name in copied:
+            entry = teacher.weights[copied[name]]
+            yield name, entry.dtype, read_raw(entry)
+        else:
+            yield name, dtype, encode(first_values(name, row, spec, seed), dtype)
+
+
+def teacher_record(teacher: ModelFolder) -> dict[str, Any]:
+    """Name, family and file hashes by which a student's teacher can be told again."""
+    paths = sorted({teacher.path / CONFIG, *(entry.path for entry in teacher.weights.values())})
+    return {
+        "name": teacher.path.resolve().name,
+        "family": teacher.spec.family,
+        "files": {path.name: sha256(path) for path in paths},
+    }
