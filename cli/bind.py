@@ -77,9 +77,10 @@ def _argument(item: Field[Any]) -> list[inspect.Parameter]:
 def _option(item: Field[Any]) -> Any:
     meta = item.metadata
     flags = meta["flags"] or ("--" + item.name.replace("_", "-"),)
-    default = _default(item)
+    required = item.default is MISSING and item.default_factory is MISSING
+    default = None if required else _default(item)
     return typer.Option(
-        default,
+        ... if required else default,
         *flags,
         help=meta["help"],
         metavar=meta["metavar"] or ("" if item.type is bool else None),  # a switch takes no value

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +19,8 @@ from radlads.errors import RadladsError, fail, printable
 # Spellings of other tools; `--top_p` is taken for `--top-p` as well.
 SYNONYMS = {"temperature": "temp", "max-new-tokens": "max-tokens", "system": "system-prompt", "out": "output-dir"}
 
+# How PyTorch and MLX say it, in errors of no type of their own.
+NO_MEMORY = re.compile(r"out of memory|unable to allocate|can't allocate memory", re.IGNORECASE)
 INTERRUPTED = 130
 STARTS = ("radlads train", "radlads chat runs/tiny/model", "radlads generate --help")
 ABOUT = "Turn a softmax-attention transformer into a linear-attention RWKV model, and use it."
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         status = build_app()(args=argv, prog_name="radlads", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has enough of it; the interpreter must not try to flush the rest.
@@ -61,7 +64,8 @@ def build_app() -> typer.Typer:
         group, _, name = verb.name.rpartition(" ")
         if group and group not in groups:
             panel, summary = GROUPS[group]
-            groups[group] = typer.Typer(help=summary, no_args_is_help=True, rich_markup_mode="rich")
+            groups[group] = typer.Typer(help=summary, rich_markup_mode="rich")
+            groups[group].callback(invoke_without_command=True)(_help_when_alone)
             app.add_typer(groups[group], name=group, rich_help_panel=panel)
         _add(groups[group] if group else app, name, verb, None if group else verb.panel)
     return app
@@ -80,7 +84,7 @@ def as_known(error: Exception) -> RadladsError | None:
     if hasattr(error, "format_message"):  # every usage error of Typer, whichever Click it carries
         return _usage(error)
     text = str(error)
-    if isinstance(error, MemoryError) or re.search(r"out of memory|unable to allocate|can't allocate memory", text, re.IGNORECASE):
+    if isinstance(error, MemoryError) or NO_MEMORY.search(text):
         why = text.split("\n")[0] or "the machine has no memory left"
         return fail("R403", where="memory", why=why, fix="Use a smaller model, batch or --dtype")
     if isinstance(error, OSError) and error.filename is not None:
@@ -93,17 +97,13 @@ def _usage(error: Any) -> RadladsError:
     """One line for what Typer says about a flag, a verb or a value, with the nearest right one."""
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "radlads"
-    why = " ".join(error.format_message().split())
-    possible = getattr(error, "possibilities", None)
-    if possible:
-        why = why.split(" (")[0]
-        fix = f"Did you mean {' or '.join(sorted(possible))}?"
-    elif "Did you mean" in why:
-        why, _, rest = why.partition(" Did you mean")
-        fix = f"Did you mean{rest}"
-    else:
-        fix = f"See `{where} --help`"
-    return RadladsError("R101", where, printable(why.rstrip(".")), fix if fix.endswith("?") else fix + ".")
+    why, _, guess = " ".join(error.format_message().split()).partition(" Did you mean ")
+    why = why.replace("Value error, ", "").replace("Input should be", "it must be")
+    near = get_close_matches(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), 1)
+    if near:
+        why, guess = f"no such option {error.option_name}", f"{near[0]}?"
+    fix = f"Did you mean {guess}" if guess else f"See `{where} --help`."
+    return RadladsError("R101", where, printable(why.rstrip(".")), fix)
 
 
 def _add(app: typer.Typer, name: str, verb: Verb, panel: str | None) -> None:
@@ -120,6 +120,10 @@ def _root(
     if version:
         print(f"radlads {__version__}")
         raise typer.Exit
+    _help_when_alone(context)
+
+
+def _help_when_alone(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit

@@ -21,7 +21,7 @@ def arg(help: str, *, metavar: str, default: Any = MISSING, flag: str | None = N
 
 
 def opt(default: Any, help: str, *flags: str, panel: str | None = None, metavar: str | None = None) -> Any:
-    """A flag; `flags` are its spellings where `--field-name` is not enough."""
+    """A flag; `flags` are its spellings where `--field-name` is not enough. A default of MISSING makes it required."""
     return _field(default, {"argument": False, "help": help, "metavar": metavar, "flags": flags, "panel": panel})
 
 
@@ -46,7 +46,9 @@ class ModelOptions:
 
     model: str = arg("Folder of the model.", metavar="MODEL", flag="--model")
     backend: Literal["auto", "torch", "mlx"] = opt("auto", "What computes: auto is mlx on a Mac, torch elsewhere.", panel="Model")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = opt(None, "Type of the weights in memory, instead of the stored one.", panel="Model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = opt(
+        None, "Type of the weights in memory, instead of the stored one.", panel="Model"
+    )
 
     def open(self) -> OpenModel:
         """Open folder, tokenizer and engine; every error is raised before anything is computed."""

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,21 @@ def write_text(text: str) -> None:
     sys.stdout.flush()
 
 
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A function that draws a bar on stderr from (done, total); None where stderr is no terminal."""
+    if not styled(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def size(count: float) -> str:
     """A number of bytes for people: 1.2 GB."""
     for unit in ("bytes", "KB", "MB", "GB"):
@@ -78,8 +94,9 @@ def _pairs(result: Any) -> Iterable[Table | str]:
 def _aligned(table: Table) -> Iterable[str]:
     if table.title:
         yield table.title
-    cells = [[str(name) for name in table.columns], *([str(value) for value in row] for row in table.rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
+    head = [[str(name) for name in table.columns]] if any(table.columns) else []
+    cells = [*head, *([str(value) for value in row] for row in table.rows)]
+    widths = [max((len(row[i]) for row in cells), default=0) for i in range(len(table.columns))]
     for row in cells:
         padded = [
             cell.rjust(width) if name in table.right else cell.ljust(width)
@@ -94,7 +111,7 @@ def _print_rich(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(title=table.title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(title=table.title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.columns))
     for name in table.columns:
         drawn.add_column(name, justify="right" if name in table.right else "left", overflow="fold")
     for row in table.rows:

@@ -11,6 +11,7 @@ from radlads.cli.options import arg, opt
 from radlads.cli.render import Table
 
 if TYPE_CHECKING:
+    from radlads.folder import ModelFolder
     from radlads.recipe import Recipe
     from radlads.runs import Run
 
@@ -106,8 +107,6 @@ def run_recipe(run: "Run", student: str | None, screen: Any, stop: dict[str, int
     from radlads.demo import resolve
     from radlads.folder import open_folder
     from radlads.tokenizer import Tokenizer
-    from radlads.weights_tools.standalone import model_files
-    from radlads.weights_tools.surgery import make_student, student_spec
 
     recipe, stopping = run.recipe, lambda: stop["signal"] != 0
     if recipe.init is not None:
@@ -119,21 +118,23 @@ def run_recipe(run: "Run", student: str | None, screen: Any, stop: dict[str, int
     tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)
     step0 = Path(student) if student else run.stage_folder(0)
     if not student and not step0.exists():
-        chosen = recipe.student
-        files, keys = model_files(student_spec(teacher, chosen.arch, chosen.keep_softmax, chosen.options))
-        make_student(
-            teacher,
-            step0,
-            arch=chosen.arch,
-            keep_softmax=chosen.keep_softmax,
-            options=chosen.options,
-            seed=recipe.seed,
-            extra_files=files,
-            config_extra=keys,
-        )
+        transfer(recipe, teacher, step0)
     folder = open_folder(step0)
     check_order(folder, recipe.stages[0])
     return convert(run, teacher, folder, tokenizer, screen.step, screen.say, stopping)
+
+
+def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:
+    """Make the untrained student, with the model files that let it load without radlads."""
+    from radlads.weights_tools.standalone import model_files
+    from radlads.weights_tools.surgery import make_student, student_spec
+
+    assert recipe.student is not None
+    arch, kept, flags = recipe.student.arch, recipe.student.keep_softmax, recipe.student.options
+    files, keys = model_files(student_spec(teacher, arch, kept, flags))
+    make_student(
+        teacher, step0, arch=arch, keep_softmax=kept, options=flags, seed=recipe.seed, extra_files=files, config_extra=keys
+    )
 
 
 def result_of(folder: Path) -> TrainResult:

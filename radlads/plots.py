@@ -99,7 +99,7 @@ def draw_loss(records: Sequence[Record]) -> Figure | None:
         axes.set_ylabel(unit)
         tokens_axis(axes, x[-1])
         value_axis(axes, y)
-        label_ends(axes, [(float(smooth[-1]), f"{smooth[-1]:.3g}", colour)])
+        label_ends(figure, axes, [(float(smooth[-1]), f"{smooth[-1]:#.3g}", colour)])
     return figure
 
 
@@ -126,7 +126,7 @@ def draw_layers(records: Sequence[Record]) -> Figure | None:
     value_axis(axes, smooth)
     shown = range(layers) if layers <= 12 else sorted({round(i * (layers - 1) / 7) for i in range(8)})
     texts = [(float(smooth[-1, layer]), f"layer {layer}", colours[layer]) for layer in shown]
-    label_ends(axes, texts)
+    label_ends(figure, axes, texts)
     return figure
 
 
@@ -157,7 +157,7 @@ def draw_positions(records: Sequence[Record]) -> Figure | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(1, max(len(kl) for kl in curves.values()))
     value_axis(axes, np.concatenate([pooled(kl)[1] for kl in curves.values()]))
-    label_ends(axes, ends)
+    label_ends(figure, axes, ends)
     return figure
 
 
@@ -230,9 +230,8 @@ def value_axis(axes: Axes, values: Array) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def label_ends(axes: Axes, texts: list[tuple[float, str, Any]]) -> None:
+def label_ends(figure: Figure, axes: Axes, texts: list[tuple[float, str, Any]]) -> None:
     """Name each line at its right end: (value, text, colour); names that would touch are moved apart."""
-    figure = axes.get_figure()
     figure.draw_without_rendering()
     ordered = sorted((t for t in texts if np.isfinite(t[0])), key=lambda t: t[0])
     heights = [axes.transAxes.inverted().transform(axes.transData.transform((1, value)))[1] for value, _, _ in ordered]

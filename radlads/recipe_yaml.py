@@ -34,6 +34,7 @@ class Document:
     path: Path
     values: dict[str, Any]
     lines: dict[tuple[str | int, ...], int]
+    base: "Document | None" = None
 
     def place(self, *path: str | int) -> str:
         """Where a key stands, as "file:line: a.0.b": in the file, else in its base, else the nearest key above it."""
@@ -65,9 +66,10 @@ def read_document(path: Path) -> Document:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """The value after "=" of an override, read as YAML. Raises R101."""
+    """The value after "=" of an override, read as YAML; a table only in braces, so that text may hold colons. Raises R101."""
     try:
-        return parse(text, where, {})
+        value = parse(text, where, {})
+        return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
     except RadladsError as error:
         raise fail("R101", where=where, why=error.why, fix="Write a plain YAML value") from None
 

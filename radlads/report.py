@@ -55,12 +55,13 @@ def write_report(run_folder: str | Path) -> list[Path]:
 
 def page_values(folder: Path, records: Sequence[dict[str, Any]], plots: Sequence[Path]) -> dict[str, Any]:
     """What the template shows."""
-    record = read_record(folder)
+    record, rows = read_record(folder), table_rows(records)
     return {
         "name": record.get("name") or folder.resolve().name,
         "done": record.get("status") == "done",
-        "headline": headline(record.get("final")),
-        "rows": table_rows(records),
+        "headline": headline(record.get("final"), of_student=any(row[0] != ROWS["teacher"] for row in rows)),
+        "rows": rows,
+        "note": context_note(records),
         "plots": [(*CAPTIONS[path.name], base64.b64encode(path.read_bytes()).decode()) for path in plots],
         "samples": sample_texts(records),
         "recipe": (folder / RECIPE).read_text(encoding="utf-8", errors="replace"),
@@ -79,8 +80,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def headline(final: object) -> list[tuple[str, str]]:
-    """(figure, what it is) of the result; empty for a run that is not finished."""
+def headline(final: object, of_student: bool) -> list[tuple[str, str]]:
+    """(figure, what it is) of the result; empty for a run that is not finished. A run without student shows the teacher."""
     if not isinstance(final, dict):
         return []
     shown = [
@@ -90,7 +91,7 @@ def headline(final: object) -> list[tuple[str, str]]:
         (figure(final.get("kl"), ".4f"), "KL to the teacher, nats per token"),
         (percent(final.get("agreement")), "same most likely next token"),
     ]
-    return [(value, meaning) for value, meaning in shown if value != "–"]
+    return [(value, meaning) for value, meaning in shown if value != "–" and (of_student or meaning.startswith("teacher"))]
 
 
 def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -107,6 +108,15 @@ def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
             agreement = "–" if of_teacher else percent(r.get("agreement"))
             rows.append([title, figure(r.get("loss"), ".4f"), figure(ppl, ",.2f"), figure(ratio, ",.3f"), kl, agreement])
     return rows
+
+
+def context_note(records: Sequence[dict[str, Any]]) -> str:
+    """How much the teacher relies on more than its last few tokens; empty where that was not measured."""
+    for r in reversed(records):
+        short, full, context = (r.get(key) for key in ("short_context_loss", "full_context_loss", "short_context"))
+        if r.get("stage") == "teacher" and number(short) and number(full) and number(context):
+            return f"With only its last {context} tokens to look at, the teacher's loss is {short - full:.3f} nats higher."
+    return ""
 
 
 def stage_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -28,7 +28,8 @@ class Sampling:
         _check("--top-p", self.top_p, 0 <= self.top_p <= 1, "a number from 0 to 1")
         _check("--top-k", self.top_k, self.top_k >= 0, "0 (off) or a number of tokens")
         _check("--min-p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
-        _check("--repetition-penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "a number above 0, at most 100")
+        penalty = self.repetition_penalty
+        _check("--repetition-penalty", penalty, 0 < penalty <= 100, "a number above 0, at most 100")
         _check("--seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2^63 - 1")
 
     def generator(self) -> np.random.Generator:
@@ -89,4 +90,4 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _check(flag: str, value: object, holds: bool, wanted: str) -> None:
     # NaN fails every comparison, so it ends here as well.
     if not holds:
-        raise fail("R101", where=flag, why=f"{value} is not {wanted}", fix=f"Give {wanted}")
+        raise fail("R101", where=flag, why=f"{value} is out of range", fix=f"Give {wanted}")

@@ -92,7 +92,8 @@ class Generation:
         rng: np.random.Generator | None = None,
     ) -> None:
         if not prompt_ids:
-            raise fail("R101", where="prompt", why="it is empty, and the model has no begin-of-text token", fix="Give some text with -p")
+            why = "it is empty, and the model has no begin-of-text token"
+            raise fail("R101", where="prompt", why=why, fix="Give some text")
         if max_tokens < 1:
             raise fail("R101", where="--max-tokens", why=f"{max_tokens} is not above 0", fix="Give the number of tokens to write")
         self.prompt_ids = list(prompt_ids)

@@ -40,7 +40,8 @@ class Tokenizer:
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         limit = vocab_size if vocab_size is not None else self.vocab_size
         if self.vocab_size > limit:
-            raise _unusable(self.path / "tokenizer.json", f"it has ids up to {self.vocab_size - 1}, the model only {limit} tokens")
+            why = f"it has ids up to {self.vocab_size - 1}, the model only {limit} tokens"
+            raise _unusable(self.path / "tokenizer.json", why)
         self.bos_id = self._special_id("bos_token")
         self.eos_ids = self._read_eos_ids(limit)
         self._template_source = self._read_template()
@@ -50,7 +51,8 @@ class Tokenizer:
         try:
             ids = list(self._fast.encode(text, add_special_tokens=add_special).ids)
         except UnicodeEncodeError:
-            raise fail("R301", where="text", why="it holds half a surrogate pair, which is no character", fix="Send valid UTF-8") from None
+            why = "it holds half a surrogate pair, which is no character"
+            raise fail("R301", where="text", why=why, fix="Send valid UTF-8") from None
         begins = self._config.get("add_bos_token")
         if add_special and self.bos_id is not None and isinstance(begins, bool):
             has_bos = ids[:1] == [self.bos_id]
@@ -87,9 +89,7 @@ class Tokenizer:
         variables = {"messages": [dict(m) for m in messages], "add_generation_prompt": add_generation_prompt, **special}
         try:
             return _render(self._template_source, variables)
-        except RadladsError:
-            raise
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError, MemoryError) as error:
+        except Exception as error:  # a template can fail in every way Python can
             raise _unusable(self.path, f"the chat template fails: {error or type(error).__name__}") from None
 
     def _special_text(self, name: str) -> str:

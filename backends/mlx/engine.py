@@ -86,7 +86,8 @@ class MlxEngine:
 
     def from_arrays(self, arrays: dict[str, npt.NDArray[Any]]) -> MlxState:
         """The inverse of `state_arrays`; R304 when names or shapes do not fit the model."""
-        position = int(arrays["position"]) if arrays.get("position", np.zeros(1)).shape == () else -1
+        stored = arrays.get("position", np.zeros(0))
+        position = int(stored) if stored.shape == () and stored.dtype.kind in "iu" else -1
         expected = self._state_shapes(position) if position > 0 else {}
         found = {name: x.shape for name, x in arrays.items() if name != "position"}
         if position < 0 or found != expected:
@@ -109,8 +110,9 @@ class MlxEngine:
 
 
 def load_engine(folder: ModelFolder, dtype: str | None = None) -> MlxEngine:
-    """The engine of a model folder; `dtype` is "float32", "bfloat16", "float16" or None for the file's own."""
-    return MlxEngine(load_model(folder, dtype))
+    """The engine of a model folder; `dtype` None means the file's own on a GPU and float32 on the CPU, as torch has it."""
+    on_cpu = mx.default_device() == mx.cpu
+    return MlxEngine(load_model(folder, dtype or ("float32" if on_cpu else None)))
 
 
 def _taken(cache: Any) -> dict[str, mx.array]:

@@ -46,7 +46,9 @@ class Projections(nn.Module):
 
     def project(self, x_q: mx.array, x_k: mx.array, x_v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Inputs (B, T, D) to q (B, T, H, N) and k, v (B, T, Hkv, N), q and k normed where the teacher does."""
-        q, k, v = (p(x).reshape(*x.shape[:2], -1, self.spec.N) for p, x in ((self.q_proj, x_q), (self.k_proj, x_k), (self.v_proj, x_v)))
+        q, k, v = (
+            p(x).reshape(*x.shape[:2], -1, self.spec.N) for p, x in ((self.q_proj, x_q), (self.k_proj, x_k), (self.v_proj, x_v))
+        )
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -59,9 +61,7 @@ class Projections(nn.Module):
 class RecurrentProjections(Projections):
     """Projections of a recurrent mixer, whose cache also counts the tokens seen: rotary positions need them."""
 
-    def project_heads(
-        self, x_q: mx.array, x_k: mx.array, x_v: mx.array, cache: Any
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def project_heads(self, x_q: mx.array, x_k: mx.array, x_v: mx.array, cache: Any) -> tuple[mx.array, mx.array, mx.array]:
         """Inputs (B, T, D) to q, k, v, all (B, T, H, N): S.1-S.4, S.3 only with the `rope` flag."""
         q, k, v = self.project(x_q, x_k, x_v)
         if self.spec.mixer.rope:

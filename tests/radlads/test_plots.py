@@ -27,7 +27,7 @@ def test_pooling_keeps_the_first_positions_and_averages_the_far_ones() -> None:
 
 
 def test_labels_keep_their_distance_and_their_place() -> None:
-    assert spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    assert spread([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
     crowd = spread([0.5, 0.5, 0.5], 0.1)
     assert crowd == pytest.approx([0.4, 0.5, 0.6])
     assert spread([], 0.1) == []

@@ -17,7 +17,10 @@ stages:
 """
 INIT = """\
 teacher: null
-init: {family: qwen3, hidden_size: 64, intermediate_size: 96, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 64, vocab_size: 300}
+tokenizer: tokenizer.json
+init:
+  {family: qwen3, hidden_size: 64, intermediate_size: 96, num_layers: 2, num_heads: 2, num_kv_heads: 1,
+   head_dim: 64, vocab_size: 300}
 data: {train: [a.txt], valid: [b.txt]}
 stages: [{kind: lm, tokens: 100, seq_len: 8, batch_size: 2, lr: 1e-3}]
 """
@@ -90,6 +93,7 @@ def test_a_new_teacher_is_expressible(tmp_path: Path) -> None:
     assert "unknown key 'hiden_size', nearest is 'hidden_size'" in refused(tmp_path / "r.yaml", "init.hiden_size=3").why
     assert "the only stage is lm" in refused(tmp_path / "r.yaml", "stages.0.kind=distill").why
     assert "nearest is 'qwen3'" in refused(tmp_path / "r.yaml", "init.family=qwen4").why
+    assert "needs a tokenizer" in refused(tmp_path / "r.yaml", "tokenizer=null").why
     assert "num_kv_heads 2" in refused(tmp_path / "r.yaml", "init.num_kv_heads=2", "init.num_heads=3").why
 
 

@@ -27,6 +27,8 @@ from radlads.recipe_yaml import MAX_BYTES, parse, parse_value, read_document
         ("12:30", "12:30"),
         ("2026-01-02", "2026-01-02"),
         ("[1, {a: b}]", [1, {"a": "b"}]),
+        ("{a: b}", {"a": "b"}),
+        ("He said: no", "He said: no"),
     ],
 )
 def test_plain_values(text: str, value: object) -> None:

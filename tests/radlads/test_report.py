@@ -32,13 +32,25 @@ class Page(HTMLParser):
 
 
 def fill(run: Run) -> None:
-    run.log({"kind": "eval", "stage": "teacher", "loss": 2.0, "ppl": float(np.exp(2.0))})
+    context = {"short_context": 8, "short_context_loss": 2.25, "full_context_loss": 2.0}
+    run.log({"kind": "eval", "stage": "teacher", "loss": 2.0, "ppl": float(np.exp(2.0)), **context})
     for stage, loss in ((0, 4.0), (1, 2.5), (2, 2.1)):
-        run.log({"kind": "eval", "stage": stage, "loss": loss, "kl": loss - 2, "agreement": 0.8765, "kl_by_position": [0.5, 0.7, None, 0.9]})
+        run.log(
+            {
+                "kind": "eval",
+                "stage": stage,
+                "loss": loss,
+                "kl": loss - 2,
+                "agreement": 0.8765,
+                "kl_by_position": [0.5, 0.7, None, 0.9],
+            }
+        )
     for stage in (1, 2):
         for step in range(1, 30):
             layers = {"layer_error": [1 / step, 2 / step]} if stage == 1 else {}
-            run.log({"kind": "train", "stage": stage, "step": step, "tokens": 64 * step, "loss": 1 / step, "tok_s": 100.0, **layers})
+            run.log(
+                {"kind": "train", "stage": stage, "step": step, "tokens": 64 * step, "loss": 1 / step, "tok_s": 100.0, **layers}
+            )
     run.log({"kind": "sample", "stage": "teacher", "prompt": "Once", "text": " upon " + TRAP})
     run.log({"kind": "sample", "stage": 0, "prompt": "Once", "text": "xqxqxq"})
     run.log({"kind": "sample", "stage": 2, "prompt": "Once", "text": " again"})
@@ -57,7 +69,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert cells[6:12] == ["Student, before training", "4.0000", "54.60", "7.389", "2.0000", "87.6 %"]
     assert cells[18:24] == ["Student after stage 2", "2.1000", "8.17", "1.105", "0.1000", "87.6 %"]
     assert " again" in text and "xqxqxq" not in text
-    assert "1.105" in text and "quarter_cosine" in text
+    assert "<b>1.105</b>" in text and "quarter_cosine" in text
+    assert "last 8 tokens to look at, the teacher&#39;s loss is 0.250 nats higher" in text
 
 
 def test_the_page_needs_nothing_and_runs_nothing(tmp_path: Path) -> None:
@@ -77,6 +90,14 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     files = write_report(tmp_path)
     assert [path.name for path in files] == ["report.html"]
     assert "not finished yet" in files[0].read_text()
+
+
+def test_a_run_without_a_student(tmp_path: Path) -> None:
+    with begin_run(tmp_path, load_recipe("tiny")) as run:
+        run.log({"kind": "eval", "stage": "teacher", "loss": 2.0})
+        run.finish({"teacher_ppl": 7.389, "student_ppl": 7.389, "ppl_ratio": 1.0, "kl": 0.0, "agreement": 1.0}, [])
+    text = write_report(tmp_path)[-1].read_text()
+    assert re.findall(r"<li><b>(.*?)</b><span>(.*?)</span>", text) == [("7.39", "teacher perplexity")]
 
 
 def test_odd_records_are_left_out(tmp_path: Path) -> None:

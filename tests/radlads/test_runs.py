@@ -66,7 +66,9 @@ def test_a_file_in_the_way_is_one_clear_error(tmp_path: Path, recipe: Recipe) ->
 
 def test_log_writes_strict_json(tmp_path: Path, recipe: Recipe) -> None:
     with begin_run(tmp_path, recipe) as run:
-        run.log({"kind": "eval", "loss": math.nan, "kl": np.float32(0.5), "kl_by_position": np.array([1.0, np.inf]), "n": np.int64(3)})
+        run.log(
+            {"kind": "eval", "loss": math.nan, "kl": np.float32(0.5), "kl_by_position": np.array([1.0, np.inf]), "n": np.int64(3)}
+        )
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "kind": "eval",
         "loss": None,
@@ -125,7 +127,12 @@ def test_finish_writes_the_record(tmp_path: Path, recipe: Recipe) -> None:
         with pytest.raises(ValueError, match="agreement"):
             run.finish({key: FINAL[key] for key in list(FINAL)[:-1]}, [])
     record = json.loads((tmp_path / "run.json").read_text())
-    assert (record["schema"], record["model"], record["final"], record["stages"]) == (1, "model", FINAL, [{"stage": 1, "tokens": 5}])
+    assert (record["schema"], record["model"], record["final"], record["stages"]) == (
+        1,
+        "model",
+        FINAL,
+        [{"stage": 1, "tokens": 5}],
+    )
     assert (record["seconds"], record["recipe_sha256"]) == (3.5, recipe.fingerprint())
     with begin_run(tmp_path, recipe) as run:
         assert run.record()["status"] == "done"

@@ -55,8 +55,8 @@ def wkv6_chunked(
     length, dtype = q.shape[1], q.dtype
     q, k, v, log_w = (split_chunks(x, size) for x in (q, k, v, log_w))
     q = scale * q
-    middle = mx.exp(from_middle(log_w))[..., 1:, :]
-    inside = decayed_products(q, k, q * middle, k / middle, lag=0) @ v
+    middle = from_middle(log_w)[..., 1:, :]
+    inside = decayed_products(q, k, q * mx.exp(middle), k * mx.exp(-middle), lag=0) @ v
     added = v.swapaxes(-1, -2) @ (k * mx.exp(to_end(log_w)))  # (B, H, chunks, N value, N key)
     decay = mx.exp(from_start(log_w))
     kept = decay[..., -1:, :]  # (B, H, chunks, 1, N key)

@@ -72,8 +72,9 @@ def wkv7_chunked(
     length, dtype = r.shape[1], r.dtype
     r, log_w, k, v, a, b = (split_chunks(x, size) for x in (r, log_w, k, v, a, b))
     r = scale * r
-    middle = mx.exp(from_middle(log_w))
-    r_mid, a_mid, k_mid, b_mid = r * middle[..., 1:, :], a * middle[..., :-1, :], k / middle[..., 1:, :], b / middle[..., 1:, :]
+    middle = from_middle(log_w)
+    after, back = mx.exp(middle), mx.exp(-middle[..., 1:, :])
+    r_mid, a_mid, k_mid, b_mid = r * after[..., 1:, :], a * after[..., :-1, :], k * back, b * back
     m_rk, m_rb = decayed_products(r, k, r_mid, k_mid, lag=0), decayed_products(r, b, r_mid, b_mid, lag=0)
     m_ak, m_ab = decayed_products(a, k, a_mid, k_mid, lag=1), decayed_products(a, b, a_mid, b_mid, lag=1)
 

@@ -37,9 +37,7 @@ class Rwkv7Mixer(RecurrentProjections):
         if spec.mixer.groupnorm:
             self.ln_x = HeadNorm(spec)
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | None, cache: Any, v_first: mx.array | None
-    ) -> tuple[mx.array, mx.array]:
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any, v_first: mx.array | None) -> tuple[mx.array, mx.array]:
         """x (B, T, D) to the output (B, T, D) and the first recurrent layer's values (B, T, H, N).
 
         mask (B, T) is False on padding, None without; `v_first` is None in the first recurrent layer.

@@ -80,7 +80,7 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
         "chunks": B * NT if chunk_seq is None else chunk_seq.numel(),
         "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C,
         "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag)},
-        "common": {"N": N, "BN": triton.next_power_of_2(N), "C": C, "CLAMP": clamp,
+        "common": {"N": N, "BN": 128 if N > 64 else 64, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **chunk_precision(q.dtype, q.device)},
         "tile": wkv6_value_tile(seqs * H, N),
         "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV6_LAUNCH.items()},
@@ -89,8 +89,8 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
 
 def wkv6_value_tile(scans: int, N: int) -> int:
     """Value channels per scan: fewer where there are too few heads to fill the card."""
-    tile = min(64, triton.next_power_of_2(N))
-    while tile > 32 and scans * triton.cdiv(N, tile) < 256:
+    tile = 128 if N > 64 else 64
+    while tile > 64 and scans * triton.cdiv(N, tile) < 256:
         tile //= 2
     return tile
 

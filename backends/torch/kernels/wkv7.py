@@ -87,7 +87,7 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
         "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag),
                   "SOLVE_PREC": precision["PREC"]},
         "inline": diag == C,
-        "common": {"N": N, "BN": triton.next_power_of_2(N), "C": C, "CLAMP": clamp,
+        "common": {"N": N, "BN": 128 if N > 64 else 64, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **precision},
         "tile": wkv7_value_tile(B * heads, N),
         "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV7_LAUNCH.items()},
@@ -96,8 +96,8 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
 
 def wkv7_value_tile(scans: int, N: int) -> int:
     """Value channels per scan: fewer where there are too few heads to fill the card."""
-    tile = min(64, triton.next_power_of_2(N))
-    while tile > 32 and scans * triton.cdiv(N, tile) < 256:
+    tile = 128 if N > 64 else 64
+    while tile > 64 and scans * triton.cdiv(N, tile) < 256:
         tile //= 2
     return tile
 

@@ -1,0 +1,224 @@
+"""`radlads chat`: a conversation on the terminal or through a pipe. What it looks like is the affair of `screen`."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from radlads.cli.options import ModelOptions, SamplingOptions, opt
+from radlads.cli.render import size
+from radlads.cli.screen import Screen
+from radlads.errors import RadladsError, fail
+
+if TYPE_CHECKING:
+    from radlads.session import Generation, Session
+
+HELP = """\
+/help, h            this list
+/reset, /clear, r   forget everything said
+/system TEXT        set the system prompt (it holds for the whole conversation)
+/set NAME VALUE     change temp, top-p, top-k, min-p, repetition-penalty, seed or max-tokens; alone it shows them
+/undo               take back the last message and its answer
+/retry              answer the last message again
+/fork               keep this point of the conversation; /fork N goes back to the kept point N
+/tokens             length of the conversation and size of the state
+/stats              speed of the last answer; after each answer from now on, or no more
+/exit, /bye, q      leave
+Lines between two \"\"\" marks are one message. Ctrl-C stops the answer; twice leaves."""
+
+ALIASES = {"/clear": "/reset", "/bye": "/exit", "/quit": "/exit", "/?": "/help", "q": "/exit", "r": "/reset", "h": "/help"}
+
+
+@dataclass(kw_only=True)
+class ChatOptions(ModelOptions, SamplingOptions):
+    """How the conversation starts."""
+
+    temp: float = opt(0.7, "Temperature; 0 takes the most likely token.", panel="Sampling")
+    top_p: float = opt(0.95, "Keep the most likely tokens that sum to this probability; 1 is off.", panel="Sampling")
+    max_tokens: int = opt(512, "Tokens of one answer at most.", "--max-tokens", "-m")
+    system_prompt: str | None = opt(None, "System prompt, for models with a chat template.", metavar="TEXT")
+    stats: bool = opt(False, "Show the speed after each answer.", "--stats")
+
+
+@dataclass
+class ChatResult:
+    """How many messages were answered."""
+
+    turns: int
+
+    def blocks(self) -> list[str]:
+        """Nothing: all was said on the screen."""
+        return []
+
+
+def chat(options: ChatOptions) -> ChatResult:
+    """Talk with a model until the input ends; KeyboardInterrupt when Ctrl-C comes twice."""
+    from radlads.session import Session
+
+    sampling = options.sampling()
+    folder, tokenizer, engine = options.open()
+    session = Session(engine, tokenizer, sampling, options.max_tokens, options.system_prompt)
+    screen = Screen()
+    spec = folder.spec
+    recurrent = spec.L - len(spec.kept_layers)
+    screen.welcome(
+        folder.path.resolve().name,
+        f"{spec.recurrent or 'softmax'}, {recurrent} of {spec.L} layers recurrent, {spec.parameters() / 1e6:,.1f}M parameters, "
+        f"{engine.name} on {engine.device}",
+    )
+    if session.plain:
+        screen.say("note: this model has no chat template; it continues the text you write")
+    return Chat(session, screen, options.stats).run()
+
+
+@dataclass
+class Chat:
+    """A session on a screen, and the commands that begin with a slash."""
+
+    session: "Session"
+    screen: Screen
+    stats: bool = False
+    forks: list["Session"] = field(default_factory=list)
+    turns: int = 0
+
+    def run(self) -> ChatResult:
+        """Read and answer until the end; a second Ctrl-C in a row is raised as KeyboardInterrupt."""
+        interrupted = False
+        while True:
+            try:
+                line = self.screen.read()
+                if line is None or not self.handle(line):
+                    return ChatResult(self.turns)
+                interrupted = False
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                self.screen.end()
+                self.screen.say("stopped; Ctrl-C again leaves")
+            except RadladsError as error:
+                if error.exit_status == 1:
+                    raise
+                self.screen.say(f"error: {error}")
+
+    def handle(self, line: str) -> bool:
+        """Answer a message or obey a command; False to leave. R101 for a command that makes no sense."""
+        word, _, rest = line.partition(" ")
+        word = ALIASES.get(word, word) if word.startswith("/") or not rest else word
+        if not word.startswith("/"):
+            if line:
+                self.answer(self.session.say(line))
+            return True
+        if word == "/exit":
+            return False
+        commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: self.screen.say(HELP),
+            "/reset": self.reset,
+            "/system": self.system,
+            "/set": self.set,
+            "/undo": self.undo,
+            "/retry": lambda _: self.answer(self.session.retry()),
+            "/fork": self.fork,
+            "/tokens": self.tokens,
+            "/stats": self.toggle_stats,
+        }
+        if word not in commands:
+            raise unknown(word, [*commands, "/exit"])
+        commands[word](rest.strip())
+        return True
+
+    def answer(self, pieces: Iterator[str]) -> None:
+        """Write an answer as it comes; closing the stream early keeps what was written."""
+        with closing(pieces) as stream:  # type: ignore[type-var]
+            for piece in stream:
+                self.screen.piece(piece)
+        self.screen.end()
+        self.turns += 1
+        if self.stats and self.session.last is not None:
+            self.screen.say(speed(self.session.last))
+
+    def reset(self, _: str) -> None:
+        """/reset"""
+        self.session.reset()
+        self.screen.say("forgotten")
+
+    def system(self, text: str) -> None:
+        """/system TEXT"""
+        self.session.set_system(text)
+        self.screen.say("system prompt set" if text else "system prompt removed")
+
+    def set(self, text: str) -> None:
+        """/set NAME VALUE"""
+        values = {name.replace("_", "-"): value for name, value in vars(self.session.sampling).items()}
+        values["max-tokens"] = self.session.max_tokens
+        name, _, raw = text.replace("=", " ").partition(" ")
+        name = name.lstrip("-").replace("_", "-")
+        if name in values and raw:
+            value = number(name, raw.strip(), type(values[name]))
+            if name == "max-tokens":
+                self.session.max_tokens = int(value)
+            else:
+                self.session.set_sampling(replace(self.session.sampling, **{name.replace("-", "_"): value}))
+            values[name] = value
+        elif name and name not in values:
+            raise unknown(name, list(values))
+        shown = [name] if name else list(values)
+        self.screen.say(", ".join(f"{key} {values[key]}" for key in shown))
+
+    def undo(self, _: str) -> None:
+        """/undo"""
+        turn = self.session.undo()
+        self.screen.say(f"took back: {turn.said[:60]}")
+
+    def fork(self, text: str) -> None:
+        """/fork [N]"""
+        if not text:
+            self.forks.append(self.session.fork())
+            self.screen.say(f"kept this point; /fork {len(self.forks)} goes back to it")
+        elif text.isdecimal() and 0 < int(text) <= len(self.forks):
+            self.session = self.forks[int(text) - 1].fork()
+            self.screen.say(f"back at point {text}, messages {len(self.session.turns)}")
+        else:
+            why = f"there is no such point, {len(self.forks)} are kept"
+            raise fail("R101", where=f"/fork {text}", why=why, fix="Keep one with /fork, go back with /fork N")
+
+    def tokens(self, _: str) -> None:
+        """/tokens"""
+        spec = self.session.engine.spec
+        state = f"recurrent state {size(spec.state_bytes())}" if spec.recurrent else "softmax attention, no fixed state"
+        self.screen.say(f"tokens {len(self.session.ids):,}, messages {len(self.session.turns)}, {state}")
+
+    def toggle_stats(self, _: str) -> None:
+        """/stats"""
+        self.stats = not self.stats
+        last = f"; last answer: {speed(self.session.last)}" if self.session.last is not None else ""
+        self.screen.say(f"stats {'on' if self.stats else 'off'}{last}")
+
+
+def speed(answer: "Generation") -> str:
+    """Tokens and speed of one answer."""
+    return (
+        f"{answer.fed_tokens} tokens read at {answer.prompt_tps:.4g} tok/s, "
+        f"{len(answer.token_ids)} written at {answer.generation_tps:.4g} tok/s"
+    )
+
+
+def number(name: str, raw: str, kind: type) -> float | int:
+    """The value of a setting; R101 when it is no number."""
+    try:
+        value = kind(raw)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or (name == "max-tokens" and value < 1):
+        raise fail("R101", where=f"/set {name}", why=f"{raw!r} is no fitting number", fix=f"Write for example `/set {name} 1`")
+    return value  # type: ignore[no-any-return]
+
+
+def unknown(word: str, known: list[str]) -> RadladsError:
+    """R101 with the nearest known word."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, 1)
+    fix = f"The nearest is {near[0]}" if near else "/help lists the commands"
+    return fail("R101", where=word, why="there is no such command or setting", fix=fix)

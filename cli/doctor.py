@@ -1,0 +1,122 @@
+"""`radlads doctor`: what is installed, which backends work, and how to mend what does not."""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from radlads.cli.options import opt
+from radlads.cli.render import Table, size
+
+# package -> what it is for, and the command that installs it
+PACKAGES = {
+    "numpy": ("base", ""),
+    "tokenizers": ("base", ""),
+    "pydantic": ("base", ""),
+    "torch": ("training and the torch backend", "pip install 'radlads[torch]'"),
+    "triton": ("GPU kernels of the torch backend", "comes with PyTorch on Linux with a GPU"),
+    "mlx": ("the MLX backend", "pip install 'radlads[mlx]'"),
+    "mlx-lm": ("the MLX backend", "pip install 'radlads[mlx]'"),
+    "transformers": ("loading our folders in transformers", "pip install transformers"),
+    "matplotlib": ("plots of a run", "pip install matplotlib"),
+}
+GOOD, MISSING, BROKEN = "ok", "not installed", "broken"
+
+
+@dataclass(kw_only=True)
+class DoctorOptions:
+    """How to print what was found."""
+
+    json: bool = opt(False, "Print one JSON document.", "--json")
+
+
+@dataclass
+class Finding:
+    """One thing that was looked at: its state, and what to do where that is not ok."""
+
+    name: str
+    state: str
+    detail: str
+    fix: str = ""
+
+
+@dataclass
+class DoctorResult:
+    """All findings; `healthy` when at least one backend works."""
+
+    radlads: str
+    python: str
+    platform: str
+    healthy: bool
+    findings: list[Finding]
+
+    @property
+    def exit_status(self) -> int:
+        """3 when no backend works."""
+        return 0 if self.healthy else 3
+
+    def blocks(self) -> list[Table | str]:
+        """One table, and the verdict."""
+        rows = [(f.name, f.state, f.detail, f.fix) for f in self.findings]
+        good = "Ready." if self.healthy else "No backend works: install PyTorch or MLX with one of the commands above."
+        return [f"radlads {self.radlads}, Python {self.python}, {self.platform}", Table(("part", "state", "found", "to mend"), rows), good]
+
+
+def doctor(options: DoctorOptions) -> DoctorResult:
+    """Look at packages, backends, processor and disk."""
+    from radlads import __version__
+
+    backends = [torch_backend(), mlx_backend()]
+    findings = [*map(package, PACKAGES), *backends, machine(), disk()]
+    healthy = any(finding.state == GOOD for finding in backends)
+    return DoctorResult(__version__, platform.python_version(), platform.platform(), healthy, findings)
+
+
+def package(name: str) -> Finding:
+    """Whether a package is installed, and its version."""
+    purpose, fix = PACKAGES[name]
+    try:
+        return Finding(name, GOOD, f"{version(name)} ({purpose})")
+    except PackageNotFoundError:
+        return Finding(name, MISSING, purpose, fix or "pip install radlads")
+
+
+def torch_backend() -> Finding:
+    """Whether the torch backend loads, and on which device."""
+    if find_spec("torch") is None:
+        return Finding("backend torch", MISSING, "", PACKAGES["torch"][1])
+    try:
+        torch = import_module("torch")
+        import_module("radlads.backends.torch.engine")
+        device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+        return Finding("backend torch", GOOD, f"{device}, {torch.get_num_threads()} threads")
+    except Exception as error:  # a broken installation fails in its own ways
+        return Finding("backend torch", BROKEN, f"{type(error).__name__}: {error}", "pip install --force-reinstall torch")
+
+
+def mlx_backend() -> Finding:
+    """Whether the MLX backend loads, and on which device."""
+    if find_spec("mlx") is None or find_spec("mlx_lm") is None:
+        return Finding("backend mlx", MISSING, "", PACKAGES["mlx"][1])
+    try:
+        core = import_module("mlx.core")
+        import_module("radlads.backends.mlx.engine")
+        return Finding("backend mlx", GOOD, str(core.default_device()))
+    except Exception as error:  # a broken installation fails in its own ways
+        return Finding("backend mlx", BROKEN, f"{type(error).__name__}: {error}", "pip install --force-reinstall mlx mlx-lm")
+
+
+def machine() -> Finding:
+    """Processor cores and memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return Finding("machine", GOOD, f"{platform.machine()}, {os.cpu_count()} cores, {size(memory)} memory")
+
+
+def disk() -> Finding:
+    """Free space where runs are written."""
+    free = shutil.disk_usage(".").free
+    low = free < 10**9
+    return Finding("disk", "low" if low else GOOD, f"{size(free)} free here", "Free some space" if low else "")

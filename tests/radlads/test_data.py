@@ -1,0 +1,311 @@
+"""Data from text to samples: documents, the token store, and the properties of the sample order."""
+
+import gzip
+import json
+import lzma
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from radlads.data import documents
+from radlads.data.order import SampleOrder, batch
+from radlads.data.store import TokenStore, prepare
+from radlads.errors import RadladsError
+
+EOS = 256
+
+
+class Bytes:
+    """A tokenizer of bytes; counts its calls."""
+
+    vocab_size = 257
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.calls += 1
+        return list(text.encode())
+
+
+def file(folder: Path, name: str, data: str | bytes) -> Path:
+    packed = data.encode() if isinstance(data, str) else data
+    path = folder / name
+    path.write_bytes({".xz": lzma.compress, ".gz": gzip.compress}.get(path.suffix, bytes)(packed))
+    return path
+
+
+def texts(store: TokenStore) -> list[str]:
+    assert store.tokens[-1] == EOS
+    return "".join(chr(token) if token < EOS else "|" for token in store.tokens).split("|")[:-1]
+
+
+def prepared(folder: Path, *sources: Path) -> TokenStore:
+    return prepare(sources, Bytes(), folder / "store", eos_id=EOS)
+
+
+def refused(folder: Path, *sources: Path) -> RadladsError:
+    with pytest.raises(RadladsError) as caught:
+        prepared(folder, *sources)
+    assert not list(folder.glob("*store*")) and "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one line", ["one line"]),
+        ("one\ntwo\n", ["one\ntwo"]),
+        ("a\n<|endoftext|>\nb\n<|endoftext|>\n", ["a", "b"]),
+        ("a<|endoftext|>b", ["a", "b"]),
+        ("<|endoftext|>\n\n<|endoftext|>a", ["a"]),
+        ("\ufeffa\r\nb\r\n<|endoftext|>\r\nc", ["a\nb", "c"]),
+        ("a\n\n  b", ["a\n\n  b"]),
+    ],
+)
+def test_documents_of_a_text(tmp_path: Path, text: str, expected: list[str]) -> None:
+    store = prepared(tmp_path, file(tmp_path, "a.txt", text))
+    assert texts(store) == expected
+    assert store.header["documents"] == len(expected)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.xz", "a.jsonl.gz"])
+def test_documents_of_json_lines(tmp_path: Path, name: str) -> None:
+    store = prepared(tmp_path, file(tmp_path, name, '{"text": "a\\nb", "id": 1}\n\n{"text": ""}\r\n{"text": "c"}'))
+    assert texts(store) == ["a\nb", "c"]
+
+
+def test_sources_follow_each_other(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    sources = [file(tmp_path, "a.txt.xz", "first"), file(tmp_path, "b.txt.gz", "second")]
+    store = prepare(sources, Bytes(), tmp_path / "store", eos_id=EOS, progress=lambda done, total: seen.append((done, total)))
+    assert texts(store) == ["first", "second"]
+    size = sum(path.stat().st_size for path in sources)
+    assert seen[-1] == (size, size) and seen == sorted(seen)
+
+
+def test_without_eos_documents_run_together(tmp_path: Path) -> None:
+    store = prepare([file(tmp_path, "a.txt", "a<|endoftext|>b")], Bytes(), tmp_path / "store", eos_id=None)
+    assert bytes(store.tokens.astype(np.uint8)) == b"ab"
+
+
+def test_a_long_document_comes_in_pieces_with_one_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE", 40)
+    text = "".join(f"line {n}\n  indented\n" for n in range(50)).rstrip("\n")
+    tokenizer = Bytes()
+    store = prepare([file(tmp_path, "a.txt", text)], tokenizer, tmp_path / "store", eos_id=EOS)
+    assert texts(store) == [text]
+    assert tokenizer.calls > 10
+
+
+def test_a_document_without_a_good_place_to_cut_is_cut_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE", 10)
+    monkeypatch.setattr(documents, "MAX_LINE", 100)
+    tokenizer = Bytes()
+    store = prepare([file(tmp_path, "a.txt", "  indented\n" * 50)], tokenizer, tmp_path / "store", eos_id=EOS)
+    assert texts(store) == [("  indented\n" * 50).rstrip("\n")]
+    assert tokenizer.calls > 3
+
+
+def test_a_document_that_ends_right_after_a_piece_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE", 3)
+    store = prepared(tmp_path, file(tmp_path, "a.txt", "abcd\nx<|endoftext|>efgh\n<|endoftext|>\n"))
+    assert texts(store) == ["abcd\nx", "efgh"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "place", "told"),
+    [
+        ("a.txt", b"fine\nbro\xffken\n", "a.txt:2", "byte 4 of the line is not UTF-8"),
+        ("a.txt", "fine".encode("utf-16"), "a.txt:1", "not UTF-8"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl:2", "not JSON"),
+        ("a.jsonl", '["text"]\n', "a.jsonl:1", "no field 'text'"),
+        ("a.jsonl", '\n{"body": "x"}\n', "a.jsonl:2", "no field 'text'"),
+        ("a.jsonl", '{"text": 3}\n', "a.jsonl:1", "is int, not text"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1", "surrogate"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1", "nested"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "a.jsonl:1", "not JSON"),
+        ("a.csv", "x", "a.csv", "'.csv' is not known"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, name: str, data: str | bytes, place: str, told: str) -> None:
+    error = refused(tmp_path, file(tmp_path, name, data))
+    assert (error.code, error.exit_status) == ("R301", 2)
+    assert error.where.endswith(place)
+    assert told in error.why
+
+
+def test_a_bad_line_leaves_an_older_store_as_it_was(tmp_path: Path) -> None:
+    source = file(tmp_path, "a.txt", "good")
+    before = prepared(tmp_path, source).header
+    source.write_bytes(b"\xff")
+    with pytest.raises(RadladsError):
+        prepared(tmp_path, source)
+    assert TokenStore(tmp_path / "store").header == before
+
+
+def test_damaged_packed_files(tmp_path: Path) -> None:
+    for name in ("a.txt.xz", "b.txt.gz"):
+        path = file(tmp_path, name, "some text\n" * 1000)
+        path.write_bytes(path.read_bytes()[:-30])
+        assert "damaged" in refused(tmp_path, path).why
+        path.write_bytes(b"not packed at all")
+        assert "damaged" in refused(tmp_path, path).why
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    assert "no such file" in refused(tmp_path, tmp_path / "no.txt").why
+    (tmp_path / "dir.txt").mkdir()
+    assert "no regular file" in refused(tmp_path, tmp_path / "dir.txt").why
+
+
+def test_no_text_at_all(tmp_path: Path) -> None:
+    for data in ("", "\n\n", "<|endoftext|>\n<|endoftext|>"):
+        assert refused(tmp_path, file(tmp_path, "a.txt", data)).code == "R302"
+
+
+def test_a_huge_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(b"first\n")
+        for _ in range(100):
+            stream.write(bytes(1 << 20))
+    tracemalloc.start()
+    error = refused(tmp_path, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert error.where.endswith("a.txt.gz:2") and "longer than 16 MB" in error.why
+    assert peak < 100 << 20
+
+
+def test_the_same_input_is_not_prepared_twice(tmp_path: Path) -> None:
+    source, tokenizer = file(tmp_path, "a.txt", "some text"), Bytes()
+    prepare([source], tokenizer, tmp_path / "store", eos_id=EOS)
+    made = (tmp_path / "store" / "tokens.bin").stat().st_ino
+    again = prepare([source], tokenizer, tmp_path / "store", eos_id=EOS)
+    assert (again.path / "tokens.bin").stat().st_ino == made
+    file(tmp_path, "a.txt", "other text")
+    assert texts(prepare([source], tokenizer, tmp_path / "store", eos_id=EOS)) == ["other text"]
+    assert len(prepare([source], tokenizer, tmp_path / "store", eos_id=None)) == len("other text")
+
+
+def test_another_tokenizer_or_a_damaged_store_is_prepared_anew(tmp_path: Path) -> None:
+    class Shifted(Bytes):
+        def encode(self, text: str) -> list[int]:
+            return [byte ^ 1 for byte in text.encode()]
+
+    source = file(tmp_path, "a.txt", "abc")
+    first = prepared(tmp_path, source)
+    second = prepare([source], Shifted(), tmp_path / "store", eos_id=EOS)
+    assert first.header["tokenizer"] != second.header["tokenizer"]
+    assert texts(second) == ["`cb"]
+    (tmp_path / "store" / "tokens.bin").write_bytes(b"x")
+    with pytest.raises(RadladsError, match="R301"):
+        TokenStore(tmp_path / "store")
+    assert texts(prepared(tmp_path, source)) == ["abc"]
+
+
+def test_a_folder_that_is_no_store_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "thesis.txt").write_text("mine")
+    with pytest.raises(RadladsError, match="R401"):
+        prepared(tmp_path, file(tmp_path, "a.txt", "text"))
+    assert (tmp_path / "store" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "header", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "dtype": "object", "tokens": 1}', "[" * 100_000]
+)
+def test_a_hostile_header_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "store.json").write_text(header)
+    (tmp_path / "tokens.bin").write_bytes(b"12345678")
+    with pytest.raises(RadladsError, match="R301"):
+        TokenStore(tmp_path)
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+def test_width_follows_the_vocabulary(tmp_path: Path, vocabulary: int, dtype: str) -> None:
+    class Last(Bytes):
+        vocab_size = vocabulary
+
+        def encode(self, text: str) -> list[int]:
+            return [vocabulary - 1]
+
+    store = prepare([file(tmp_path, "a.txt", "x")], Last(), tmp_path / "store", eos_id=0)
+    assert store.tokens.dtype == dtype
+    assert store.tokens.tolist() == [vocabulary - 1, 0]
+    assert json.loads((tmp_path / "store" / "store.json").read_text())["dtype"] == dtype
+
+
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    class Wrong(Bytes):
+        def encode(self, text: str) -> list[int]:
+            return [257]
+
+    with pytest.raises(RadladsError, match="R206"):
+        prepare([file(tmp_path, "a.txt", "x")], Wrong(), tmp_path / "store", eos_id=EOS)
+
+
+def test_batches_of_texts_are_used_where_the_tokenizer_has_them(tmp_path: Path) -> None:
+    class Batched(Bytes):
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            return [list(text.upper().encode()) for text in texts]
+
+    store = prepare([file(tmp_path, "a.txt", "a<|endoftext|>b")], Batched(), tmp_path / "store", eos_id=EOS)
+    assert texts(store) == ["A", "B"]
+
+
+@given(samples=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 1000))
+def test_every_epoch_visits_every_sample_once(samples: int, seed: int, epoch: int) -> None:
+    order = SampleOrder(samples * 4 + 1, 4, seed)
+    starts = [order.start(epoch * samples + i) for i in range(samples)]
+    assert len(order) == samples
+    assert sorted(starts) == list(range(0, 4 * samples, 4))
+
+
+def test_epochs_and_seeds_differ_and_the_order_is_fixed() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        order = SampleOrder(1001, 10, seed)
+        return [order.start(number * 100 + i) for i in range(100)]
+
+    assert epoch(1, 0) == epoch(1, 0)
+    assert epoch(1, 0) != epoch(1, 1)
+    assert epoch(1, 0) != epoch(2, 0)
+    # The order is part of what a recipe means: it must not change from one version to the next.
+    assert epoch(1337, 0)[:6] == [350, 510, 920, 620, 210, 800]
+
+
+def test_the_order_is_well_mixed() -> None:
+    order = SampleOrder(10_001, 1, 5)
+    starts = np.array([order.start(i) for i in range(10_000)])
+    assert abs(np.corrcoef(np.arange(10_000), starts)[0, 1]) < 0.04
+    assert abs(np.corrcoef(starts[:-1], starts[1:])[0, 1]) < 0.04
+
+
+def test_a_huge_stream_needs_no_table() -> None:
+    order = SampleOrder(10**15, 512, 1)
+    starts = {order.start(i) for i in range(1000)}
+    assert len(starts) == 1000 and max(starts) + 513 <= 10**15
+
+
+def test_batches_do_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:
+    store = prepared(tmp_path, file(tmp_path, "a.txt", "".join(chr(33 + i % 90) for i in range(500))))
+    order = SampleOrder(len(store), 16, 3)
+    whole = batch(store, order, 0, 40)
+    assert whole.shape == (40, 17) and whole.dtype == np.int64
+    assert np.array_equal(np.concatenate([batch(store, order, 0, 7), batch(store, order, 7, 33)]), whole)
+    # Two processes that take turns see the same samples as one.
+    ranks = [np.concatenate([batch(store, order, i, 1) for i in range(rank, 40, 2)]) for rank in (0, 1)]
+    assert np.array_equal(np.stack(ranks, 1).reshape(40, 17), whole)
+    start = order.start(5)
+    assert np.array_equal(whole[5], store.tokens[start : start + 17])
+
+
+def test_a_stream_shorter_than_a_sample() -> None:
+    assert len(SampleOrder(17, 16, 0)) == 1
+    with pytest.raises(RadladsError, match="R302"):
+        SampleOrder(16, 16, 0)
