@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from radlads.cli.render import print_result, write_text
+from radlads.cli.render import forget_output, print_result, write_text
 from radlads.cli.verbs import Verb
 from radlads.errors import fail
 
@@ -22,16 +22,10 @@ def bind(verb: Verb) -> Callable[..., int]:
 
     def command(**values: Any) -> int:
         options = options_class(**_merged(verb, options_class, values))
-        as_json = getattr(options, "json", False)
-        if verb.streams:
-            result = function(options, write=None if as_json else write_text)
-            if as_json:
-                print_result(result, as_json=True)
-        else:
-            result = function(options)
-            if result is not None:
-                print_result(result, as_json=as_json)
-        return getattr(result, "exit_status", 0)
+        try:
+            return _perform(function, options, verb.streams)
+        except BrokenPipeError:
+            return forget_output()
 
     parameters = _parameters(options_class)
     command.__name__ = verb.function
@@ -39,6 +33,17 @@ def bind(verb: Verb) -> Callable[..., int]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _perform(function: Callable[..., Any], options: Any, streams: bool) -> int:
+    """Call the verb, print its result unless it was streamed, and return the exit status."""
+    as_json = getattr(options, "json", False)
+    if streams and not as_json:
+        result = function(options, write=write_text)
+    else:
+        result = function(options)
+        print_result(result, as_json=as_json)
+    return getattr(result, "exit_status", 0)
 
 
 def epilog(examples: Sequence[str]) -> str:

@@ -1,10 +1,10 @@
 """`radlads chat`: a conversation on the terminal or through a pipe. What it looks like is the affair of `screen`."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from radlads.cli.options import ModelOptions, SamplingOptions, opt
 from radlads.cli.render import size
@@ -28,6 +28,8 @@ HELP = """\
 Lines between two \"\"\" marks are one message. Ctrl-C stops the answer; twice leaves."""
 
 ALIASES = {"/clear": "/reset", "/bye": "/exit", "/quit": "/exit", "/?": "/help", "q": "/exit", "r": "/reset", "h": "/help"}
+
+COUNTS = ("max-tokens", "top-k", "seed")  # settings that are whole numbers
 
 
 @dataclass(kw_only=True)
@@ -96,7 +98,7 @@ class Chat:
                     raise
                 interrupted = True
                 self.screen.end()
-                self.screen.say("stopped; Ctrl-C again leaves")
+                self.screen.say("Ctrl-C again leaves")
             except RadladsError as error:
                 if error.exit_status == 1:
                     raise
@@ -128,9 +130,9 @@ class Chat:
         commands[word](rest.strip())
         return True
 
-    def answer(self, pieces: Iterator[str]) -> None:
+    def answer(self, pieces: Generator[str, None, None]) -> None:
         """Write an answer as it comes; closing the stream early keeps what was written."""
-        with closing(pieces) as stream:  # type: ignore[type-var]
+        with closing(pieces) as stream:
             for piece in stream:
                 self.screen.piece(piece)
         self.screen.end()
@@ -139,27 +141,28 @@ class Chat:
             self.screen.say(speed(self.session.last))
 
     def reset(self, _: str) -> None:
-        """/reset"""
+        """Forget everything said."""
         self.session.reset()
         self.screen.say("forgotten")
 
     def system(self, text: str) -> None:
-        """/system TEXT"""
+        """Set or remove the system prompt."""
         self.session.set_system(text)
         self.screen.say("system prompt set" if text else "system prompt removed")
 
     def set(self, text: str) -> None:
-        """/set NAME VALUE"""
+        """Change a setting, "temp 0.5", or show it; without a name show them all."""
         values = {name.replace("_", "-"): value for name, value in vars(self.session.sampling).items()}
         values["max-tokens"] = self.session.max_tokens
         name, _, raw = text.replace("=", " ").partition(" ")
         name = name.lstrip("-").replace("_", "-")
         if name in values and raw:
-            value = number(name, raw.strip(), type(values[name]))
+            value = number(name, raw.strip())
             if name == "max-tokens":
                 self.session.max_tokens = int(value)
             else:
-                self.session.set_sampling(replace(self.session.sampling, **{name.replace("-", "_"): value}))
+                changes: dict[str, Any] = {name.replace("-", "_"): value}
+                self.session.set_sampling(replace(self.session.sampling, **changes))
             values[name] = value
         elif name and name not in values:
             raise unknown(name, list(values))
@@ -167,12 +170,12 @@ class Chat:
         self.screen.say(", ".join(f"{key} {values[key]}" for key in shown))
 
     def undo(self, _: str) -> None:
-        """/undo"""
+        """Take back the last message and its answer."""
         turn = self.session.undo()
         self.screen.say(f"took back: {turn.said[:60]}")
 
     def fork(self, text: str) -> None:
-        """/fork [N]"""
+        """Keep this point, or go back to the kept point `text`."""
         if not text:
             self.forks.append(self.session.fork())
             self.screen.say(f"kept this point; /fork {len(self.forks)} goes back to it")
@@ -184,13 +187,13 @@ class Chat:
             raise fail("R101", where=f"/fork {text}", why=why, fix="Keep one with /fork, go back with /fork N")
 
     def tokens(self, _: str) -> None:
-        """/tokens"""
+        """Show the length of the conversation and the size of the state."""
         spec = self.session.engine.spec
         state = f"recurrent state {size(spec.state_bytes())}" if spec.recurrent else "softmax attention, no fixed state"
         self.screen.say(f"tokens {len(self.session.ids):,}, messages {len(self.session.turns)}, {state}")
 
     def toggle_stats(self, _: str) -> None:
-        """/stats"""
+        """Show the speed after each answer from now on, or no more."""
         self.stats = not self.stats
         last = f"; last answer: {speed(self.session.last)}" if self.session.last is not None else ""
         self.screen.say(f"stats {'on' if self.stats else 'off'}{last}")
@@ -204,15 +207,16 @@ def speed(answer: "Generation") -> str:
     )
 
 
-def number(name: str, raw: str, kind: type) -> float | int:
+def number(name: str, raw: str) -> float | int:
     """The value of a setting; R101 when it is no number."""
+    kind = int if name in COUNTS else float
     try:
-        value = kind(raw)
+        value: float | int = kind(raw)
     except ValueError:
         value = math.nan
     if math.isnan(value) or (name == "max-tokens" and value < 1):
         raise fail("R101", where=f"/set {name}", why=f"{raw!r} is no fitting number", fix=f"Write for example `/set {name} 1`")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def unknown(word: str, known: list[str]) -> RadladsError:

@@ -61,8 +61,9 @@ class DoctorResult:
     def blocks(self) -> list[Table | str]:
         """One table, and the verdict."""
         rows = [(f.name, f.state, f.detail, f.fix) for f in self.findings]
-        good = "Ready." if self.healthy else "No backend works: install PyTorch or MLX with one of the commands above."
-        return [f"radlads {self.radlads}, Python {self.python}, {self.platform}", Table(("part", "state", "found", "to mend"), rows), good]
+        found = Table(("part", "state", "found", "to mend"), rows)
+        verdict = "Ready." if self.healthy else "No backend works: install PyTorch or MLX with one of the commands above."
+        return [f"radlads {self.radlads}, Python {self.python}, {self.platform}", found, verdict]
 
 
 def doctor(options: DoctorOptions) -> DoctorResult:

@@ -57,10 +57,10 @@ class InspectResult:
         """The overview, the layers, the history and, if asked for, the tensors."""
         dims = self.dimensions
         student = self.architecture != "softmax"
-        kind = f"{self.family} student, {self.architecture}{_stage_name(self.stage)}" if student else f"{self.family}, softmax attention"
+        kind = f"student, {self.architecture}{_stage_name(self.stage)}" if student else "softmax attention"
         rows = [
             ("model", self.path),
-            ("architecture", kind),
+            ("architecture", f"{self.family} {kind}"),
             ("parameters", f"{self.parameters:,} ({self.dtype}, {size(self.weight_bytes)})"),
             ("width", f"{dims['hidden_size']}, feed-forward {dims['intermediate_size']}, vocabulary {dims['vocab_size']:,}"),
             ("heads", f"{dims['num_heads']} of size {dims['head_dim']}, {dims['num_kv_heads']} for keys and values"),

@@ -6,23 +6,23 @@ import re
 import sys
 import traceback
 from difflib import get_close_matches
-from importlib.util import find_spec
 from typing import Any
 
 import typer
 
 from radlads import __version__
 from radlads.cli.bind import bind, epilog
+from radlads.cli.render import forget_output
 from radlads.cli.verbs import GROUPS, VERBS, Verb
 from radlads.errors import RadladsError, fail, printable
 
 # Spellings of other tools; `--top_p` is taken for `--top-p` as well.
-SYNONYMS = {"temperature": "temp", "max-new-tokens": "max-tokens", "system": "system-prompt", "out": "output-dir"}
+SYNONYMS = {"temperature": "temp", "max-new-tokens": "max-tokens"}
 
 # How PyTorch and MLX say it, in errors of no type of their own.
 NO_MEMORY = re.compile(r"out of memory|unable to allocate|can't allocate memory", re.IGNORECASE)
 INTERRUPTED = 130
-STARTS = ("radlads train", "radlads chat runs/tiny/model", "radlads generate --help")
+STARTS = ("radlads train", "radlads chat runs/tiny-rwkv7/model", "radlads generate --help")
 ABOUT = "Turn a softmax-attention transformer into a linear-attention RWKV model, and use it."
 
 
@@ -35,9 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has enough of it; the interpreter must not try to flush the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return forget_output()
     except Exception as error:
         if os.environ.get("RADLADS_DEBUG"):
             traceback.print_exc()
@@ -59,8 +57,6 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     groups: dict[str, typer.Typer] = {}
     for verb in VERBS:
-        if find_spec(verb.module) is None:
-            continue
         group, _, name = verb.name.rpartition(" ")
         if group and group not in groups:
             panel, summary = GROUPS[group]

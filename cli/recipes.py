@@ -61,7 +61,7 @@ class RecipeSummary:
     def of(cls, name: str, recipe: "Recipe") -> "RecipeSummary":
         """The summary of a loaded recipe."""
         student = recipe.student.arch if recipe.student else None
-        kinds = [stage.kind for stage in recipe.stages]
+        kinds: list[str] = [stage.kind for stage in recipe.stages]
         return cls(name, recipe.teacher, student, kinds, sum(stage.tokens for stage in recipe.stages))
 
     def cells(self) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ def write_text(text: str) -> None:
     sys.stdout.flush()
 
 
+def forget_output() -> int:
+    """Exit status 0 when whoever read our output has enough of it; the interpreter must not try to flush the rest."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
     """A function that draws a bar on stderr from (done, total); None where stderr is no terminal."""
@@ -86,7 +92,7 @@ def size(count: float) -> str:
 
 
 def _pairs(result: Any) -> Iterable[Table | str]:
-    values = asdict(result) if is_dataclass(result) else {}
+    values = asdict(result)
     width = max((len(name) for name in values), default=0)
     return [f"{name.replace('_', ' '):<{width}}  {value}" for name, value in values.items()]
 
@@ -111,7 +117,8 @@ def _print_rich(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(title=table.title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(table.columns))
+    head = any(table.columns)
+    drawn = RichTable(title=table.title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=head)
     for name in table.columns:
         drawn.add_column(name, justify="right" if name in table.right else "left", overflow="fold")
     for row in table.rows:

@@ -7,16 +7,18 @@ which the next writer of that name removes.
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from radlads.errors import RadladsError, fail
 
@@ -33,7 +35,7 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> io.BufferedReader:
     """Open a regular file for reading; R201 for anything else (a folder, a pipe, a device, nothing)."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -84,9 +86,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A table of the pairs; ValueError if a key stands twice, where readers disagree about which one counts."""
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:100]!r} stands twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {max(counts, key=counts.__getitem__)[:100]!r} stands twice")
     return table
 
 
@@ -99,7 +100,8 @@ def deeper_than(value: object, limit: int) -> bool:
     """True if tables and lists are nested more than `limit` deep."""
     level = [value]
     for _ in range(limit + 1):
-        level = [child for item in level if isinstance(item, dict | list) for child in (item.values() if isinstance(item, dict) else item)]
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = [child for children in inner for child in children]
         if not level:
             return False
     return True
@@ -112,7 +114,7 @@ def write_file(path: Path | str, data: bytes | str) -> None:
 
 
 @contextmanager
-def new_file(path: Path | str, needed_bytes: int = 0) -> Iterator[BinaryIO]:
+def new_file(path: Path | str, needed_bytes: int = 0) -> Iterator[io.BufferedWriter]:
     """A file open for writing that appears under `path` when the block ends well, and never otherwise.
 
     The name keeps its suffix while it is written. `needed_bytes` is the size that R402 names when the disk is full.
@@ -125,7 +127,7 @@ def new_file(path: Path | str, needed_bytes: int = 0) -> Iterator[BinaryIO]:
         fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(fd, "wb") as file:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                hold(fd)
                 yield file
                 file.flush()
                 os.fsync(fd)
@@ -151,7 +153,7 @@ def new_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
         os.mkdir(temp)
         lock = os.open(temp, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            hold(lock)
             yield temp
             sync_tree(temp)
             swap_in(temp, final, overwrite)
@@ -160,6 +162,12 @@ def new_folder(final: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
             raise
         finally:
             os.close(lock)
+
+
+def hold(fd: int) -> None:
+    """Lock what is being written, for as long as this process lives; file systems without locks are let be."""
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX)
 
 
 def check_free(final: Path, overwrite: bool) -> None:
@@ -243,7 +251,12 @@ def swap_in(temp: Path, final: Path, overwrite: bool) -> None:
     if final.exists() and any(final.iterdir()):
         old = partial_name(final, "old")
         os.rename(final, old)
-    os.rename(temp, final)
+    try:
+        os.rename(temp, final)
+    except OSError:
+        if old is not None:
+            os.rename(old, final)
+        raise
     sync_folder(final.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

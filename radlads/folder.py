@@ -22,8 +22,24 @@ from radlads.files import check_space, new_folder, read_json, sha256, write_file
 from radlads.mixers.table import Row
 from radlads.spec import ModelSpec
 from radlads.tensors import (
-    DTYPES, FLOATS, INDEX, SINGLE, Entry, Raw, blocks, contained, decode, is_plain_name, listed, open_weights, read_raw, write_weights,
-)  # fmt: skip
+    DTYPES,
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Entry,
+    Named,
+    Plan,
+    Planned,
+    Raw,
+    blocks,
+    contained,
+    decode,
+    is_plain_name,
+    listed,
+    open_weights,
+    read_raw,
+    write_weights,
+)
 
 MANIFEST = "radlads.json"
 CONFIG = "config.json"
@@ -110,7 +126,8 @@ def read_manifest(path: Path, spec: ModelSpec) -> dict[str, Any] | None:
     manifest = read_json(contained(path, MANIFEST))
     stages = (0, 1, 2, 3) if spec.recurrent else (0, 1, 2, 3, None)
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise fail("R204", where=path / MANIFEST, why=f"it is no manifest of schema {SCHEMA}", fix="Update radlads, or make the folder again")
+        why = f"it is no manifest of schema {SCHEMA}"
+        raise fail("R204", where=path / MANIFEST, why=why, fix="Update radlads, or make the folder again")
     stage = manifest.get("stage")
     if isinstance(stage, bool | float) or not isinstance(stage, int | None) or stage not in stages:
         raise fail("R204", where=path / MANIFEST, why=f"stage {stage!r} is none of 0 to 3", fix="Make the folder again")
@@ -133,7 +150,8 @@ def fitting(path: Path, spec: ModelSpec, rows: Mapping[str, Row], stored: dict[s
     if {"F16", "BF16"} <= {entry.dtype for entry in stored.values()}:
         faults.append("F16 and BF16 are mixed, as if the shards came from two models")
     if faults:
-        raise fail("R203", where=path, why=f"{len(faults)} faults: {listed(faults)}", fix="Check that config and weights belong together")
+        why = f"{len(faults)} faults: {listed(faults)}"
+        raise fail("R203", where=path, why=why, fix="Check that config and weights belong together")
     return {name: stored[name] for name in rows}
 
 
@@ -141,10 +159,11 @@ def check_tied(path: Path, head: Entry, embedding: Entry) -> None:
     """R203 unless a stored head equals the embedding it is said to be tied to."""
     same = head.shape == embedding.shape and head.dtype in FLOATS and embedding.dtype in FLOATS
     if same and head.dtype == embedding.dtype:
-        same = all(np.array_equal(bits(a), bits(b)) for a, b in zip(blocks(read_raw(head)), blocks(read_raw(embedding)), strict=True))
+        pairs = zip(blocks(read_raw(head)), blocks(read_raw(embedding)), strict=True)
+        same = all(np.array_equal(bits(a), bits(b)) for a, b in pairs)
     elif same:
-        pairs = zip(read_raw(head), read_raw(embedding), strict=True)
-        same = all(np.array_equal(decode(a, head.dtype), decode(b, embedding.dtype)) for a, b in pairs)
+        rows = zip(read_raw(head), read_raw(embedding), strict=True)
+        same = all(np.array_equal(decode(a, head.dtype), decode(b, embedding.dtype)) for a, b in rows)
     if not same:
         why = "the config ties lm_head to the embedding, yet a different lm_head.weight is stored"
         raise fail("R203", where=path, why=why, fix="Set tie_word_embeddings to false in config.json, or remove lm_head.weight")
@@ -154,7 +173,7 @@ def save_folder(
     final: Path | str,
     *,
     spec: ModelSpec,
-    tensors: Iterable[tuple[str, str, Raw]],
+    tensors: Iterable[Named],
     source: ModelFolder | None,
     dtype: str,
     manifest: Mapping[str, Any],
@@ -203,7 +222,8 @@ def check_target(final: Path, source: ModelFolder | None, overwrite: bool) -> No
         if target == origin or origin in target.parents or target in origin.parents:
             raise fail("R401", where=final, why=f"it is, holds or lies in the input {origin}", fix="Choose a folder elsewhere")
     if overwrite and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise fail("R401", where=final, why=f"it holds no {MANIFEST}, so it is not replaced", fix="Choose another folder, or remove it yourself")
+        why = f"it holds no {MANIFEST}, so it is not replaced"
+        raise fail("R401", where=final, why=why, fix="Choose another folder, or remove it yourself")
 
 
 def inherited(source: ModelFolder) -> list[Path]:
@@ -228,7 +248,7 @@ def fingerprint(source: ModelFolder | None) -> list[tuple[str, int, int, int]]:
     return [(path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
 
 
-def tensor_bytes(planned: tuple[str, tuple[int, ...]]) -> int:
+def tensor_bytes(planned: Planned) -> int:
     """Bytes of one planned tensor."""
     dtype, shape = planned
     total = np.dtype(DTYPES[dtype]).itemsize
@@ -237,7 +257,7 @@ def tensor_bytes(planned: tuple[str, tuple[int, ...]]) -> int:
     return total
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, str, Raw]], plan: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def write_shards(folder: Path, tensors: Iterable[Named], plan: Plan) -> None:
     """Write the weights as one file, or as shards of at most `SHARD_BYTES` with their index."""
     shards = list(split(plan))
     stream = iter(tensors)
@@ -253,9 +273,9 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, str, Raw]], plan: Ma
         write_file(folder / INDEX, to_json(index))
 
 
-def split(plan: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
+def split(plan: Plan) -> Iterator[dict[str, Planned]]:
     """The plan in parts of at most `SHARD_BYTES`, order kept; a larger tensor stands alone."""
-    part: dict[str, tuple[str, tuple[int, ...]]] = {}
+    part: dict[str, Planned] = {}
     size = 0
     for name, planned in plan.items():
         if part and size + tensor_bytes(planned) > SHARD_BYTES:

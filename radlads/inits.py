@@ -21,7 +21,7 @@ def first_values(name: str, row: Row, spec: ModelSpec, seed: int) -> Array:
     if rule == "zeros":
         return np.zeros(row.shape, np.float32)
     if rule == "const":
-        return np.full(row.shape, float(argument), np.float32)
+        return to_bf16(np.full(row.shape, float(argument)))
     if rule == "decay6":
         return to_bf16(decay6(layer_of(name), spec).reshape(row.shape))
     if rule == "decay7":

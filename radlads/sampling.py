@@ -84,7 +84,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
         fix = "Check the weights with `radlads inspect`, or use --dtype float32"
         raise fail("R207", where="logits", why="the model gave NaN or infinity", fix=fix)
     shifted = logits - logits.max()
-    return shifted - math.log(np.exp(shifted).sum())
+    return np.asarray(shifted - math.log(np.exp(shifted).sum()))
 
 
 def _check(flag: str, value: object, holds: bool, wanted: str) -> None:

@@ -7,7 +7,7 @@ Knows only the Engine protocol: no backend, no terminal.
 import copy
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -130,7 +130,7 @@ class Generation:
                 self.text += piece
                 yield piece
 
-    def _until_stop(self, pieces: Iterator[str]) -> Iterator[str]:
+    def _until_stop(self, pieces: Iterator[str]) -> Generator[str, None, None]:
         """The pieces up to the first stop string; text that may begin one is held back until it is certain."""
         held = ""
         for piece in pieces:
@@ -147,7 +147,7 @@ class Generation:
         if held:
             yield held
 
-    def _pieces(self, point: Point) -> Iterator[str]:
+    def _pieces(self, point: Point) -> Generator[str, None, None]:
         decoder = StreamDecoder(self._tokenizer, self.prompt_ids)
         engine, eos_ids = self._context.engine, self._tokenizer.eos_ids
         began = time.perf_counter()
@@ -219,7 +219,7 @@ class Session:
         """Whether the conversation is one growing text, as the model has no chat template."""
         return not self.tokenizer.has_chat_template
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str, None, None]:
         """Pieces of the answer to `text`. Closing the iterator early keeps what was written as the answer."""
         ids, prompt = self._prompt(text)
         generation = Generation(self.context, self.tokenizer, ids, self.sampling, self.max_tokens, rng=self.rng)
@@ -241,7 +241,7 @@ class Session:
         self.text = self.text[: turn.text_before]
         return turn
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Generator[str, None, None]:
         """Pieces of another answer to the last thing said."""
         return self.say(self.undo().said)
 

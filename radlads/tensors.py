@@ -20,7 +20,9 @@ from radlads.errors import RadladsError, fail
 from radlads.files import check_space, new_file, open_regular, parse_json, read_json
 
 Raw = npt.NDArray[Any]
-Plan = Mapping[str, tuple[str, tuple[int, ...]]]
+Named = tuple[str, str, Raw]  # name, dtype, raw bits
+Planned = tuple[str, tuple[int, ...]]  # dtype, shape
+Plan = Mapping[str, Planned]
 
 # BF16 is held as its bits: numpy has no such type.
 DTYPES = {
@@ -44,7 +46,7 @@ IMPOSTORS = {
     b"version https://git-lfs": ("it is a Git LFS pointer, not the weights", "Fetch the weights with `git lfs pull`"),
     b"<!doctype": ("it is a web page, not weights", "Download the file itself"),
     b"<html": ("it is a web page, not weights", "Download the file itself"),
-    b"pk\x03\x04": ("it is a ZIP archive, as PyTorch's pickle files are, and is not loaded", "Use the safetensors form of the model"),
+    b"pk\x03\x04": ("it is a ZIP archive, as PyTorch's pickle files are", "Use the safetensors form of the model"),
     b"\x80\x02": ("it is a pickle and is not loaded", "Use the safetensors form of the model"),
     b"\x80\x03": ("it is a pickle and is not loaded", "Use the safetensors form of the model"),
     b"\x80\x04": ("it is a pickle and is not loaded", "Use the safetensors form of the model"),
@@ -151,9 +153,9 @@ def read_entry(name: str, fields: object, path: Path, origin: int) -> Entry:
     # Empty dimensions are left out of the bound, so that no reader's product can wrap around on its way to zero.
     if math.prod(max(size, 1) for size in shape) >= 2**60:
         raise ValueError(f"tensor {name}: the shape {shape} overflows")
-    needed = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-    if needed != offsets[1] - offsets[0]:
-        raise ValueError(f"tensor {name}: {dtype} of shape {shape} takes {needed} bytes and its span has {offsets[1] - offsets[0]}")
+    needed, span = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize, offsets[1] - offsets[0]
+    if needed != span:
+        raise ValueError(f"tensor {name}: {dtype} of shape {shape} takes {needed} bytes and its span has {span}")
     return Entry(name, dtype, tuple(shape), path, origin + offsets[0], origin + offsets[1])
 
 
@@ -225,10 +227,12 @@ def open_shards(folder: Path) -> dict[str, Entry]:
     shards = sorted(set(places.values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
-        raise fail("R201", where=folder, why=f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}", fix="Download them")
+        why = f"{len(missing)} of {len(shards)} shards missing: {listed(missing)}"
+        raise fail("R201", where=folder, why=why, fix="Download them")
     stray = sorted(path.name for path in folder.glob("model*.safetensors") if path.name not in shards)
     if stray:
-        raise fail("R203", where=folder, why=f"{listed(stray)} stands beside the index but not in it", fix="Remove one of the two")
+        why = f"{listed(stray)} stands beside the index but not in it"
+        raise fail("R203", where=folder, why=why, fix="Remove one of the two")
     found: dict[str, Entry] = {}
     for shard in shards:
         for name, entry in read_header(contained(folder, shard)).items():
@@ -253,7 +257,8 @@ def read_index(path: Path) -> tuple[dict[str, str], object]:
         raise fail("R203", where=path, why="it has no weight_map", fix=AGAIN)
     for shard in {str(value) for value in places.values()}:
         if not is_plain_name(shard) or not shard.endswith(".safetensors"):
-            raise fail("R203", where=path, why=f"the shard name {shard[:200]!r} is no plain name of a safetensors file", fix=AGAIN)
+            why = f"the shard name {shard[:200]!r} is no plain name of a safetensors file"
+            raise fail("R203", where=path, why=why, fix=AGAIN)
     if not all(isinstance(value, str) for value in places.values()):
         raise fail("R203", where=path, why="a shard name is no text", fix=AGAIN)
     metadata = index.get("metadata")
@@ -318,7 +323,7 @@ def blocks(raw: Raw) -> Iterator[Raw]:
         yield flat[start : start + step]
 
 
-def write_weights(path: Path | str, tensors: Iterable[tuple[str, str, Raw]], plan: Plan, metadata: Mapping[str, str] | None = None) -> None:
+def write_weights(path: Path | str, tensors: Iterable[Named], plan: Plan, metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file atomically from (name, dtype, raw bits), which come in the plan's order one by one.
 
     `plan` maps each name to (dtype, shape). R401 or R402 on failure, ValueError where tensors and plan differ.

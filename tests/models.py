@@ -1,6 +1,7 @@
 """Tiny random teachers as folders on disk, with a byte-level tokenizer, for tests of every wing."""
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from radlads.families import FAMILIES
 from radlads.spec import ModelSpec
-from radlads.tensors import encode, write_weights
+from radlads.tensors import Raw, encode, read_header, read_raw, write_weights
 
 DIMS: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
@@ -53,14 +54,26 @@ def tiny_teacher(
         config |= ids
         (path / "tokenizer.json").write_text(tiny_tokenizer(spec.vocab_size))
         settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False, "eos_token": SPECIAL[0], "pad_token": SPECIAL[0],
-            "model_max_length": spec.max_positions, "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": False,
+            "eos_token": SPECIAL[0],
+            "pad_token": SPECIAL[0],
+            "model_max_length": spec.max_positions,
+            "clean_up_tokenization_spaces": False,
+        }
         (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
         (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2], "pad_token_id": 0}, indent=2))
     (path / "config.json").write_text(json.dumps(config, indent=2))
     return path
+
+
+def rewrite(path: Path, change: Callable[[dict[str, tuple[str, Raw]]], object]) -> None:
+    """Change the tensors of model.safetensors, given as name -> (dtype, raw)."""
+    stored = {name: (entry.dtype, np.array(read_raw(entry))) for name, entry in read_header(path / "model.safetensors").items()}
+    change(stored)
+    plan = {name: (dtype, raw.shape) for name, (dtype, raw) in stored.items()}
+    write_weights(path / "model.safetensors", [(name, dtype, raw) for name, (dtype, raw) in stored.items()], plan)
 
 
 @lru_cache

@@ -13,7 +13,7 @@ from radlads.files import sha256
 from radlads.folder import CONFIG, ModelFolder, save_folder
 from radlads.inits import first_values
 from radlads.spec import ModelSpec
-from radlads.tensors import Raw, encode, read_raw
+from radlads.tensors import Named, encode, read_raw
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -44,7 +44,7 @@ def make_student(
     record = {
         "stage": 0,
         "teacher": teacher_record(teacher),
-        "student": {"arch": arch, "keep_softmax": sorted(keep_softmax), "options": dict(options), "seed": seed},
+        "student": {"arch": arch, "keep_softmax": list(spec.kept_layers), "options": dict(options), "seed": seed},
         "history": [{"stage": 0, "kind": "init", "seed": seed}],
     }
     return save_folder(
@@ -69,7 +69,8 @@ def student_spec(teacher: ModelFolder, arch: str, keep_softmax: Sequence[int], o
     try:
         return teacher.spec.as_student(arch, tuple(sorted(set(keep_softmax))), **options)
     except ValueError as error:
-        raise fail("R101", where="student", why=str(error), fix="Correct --student-arch, --keep-softmax or --set student.*") from None
+        fix = "Correct --student-arch, --keep-softmax or --set student.*"
+        raise fail("R101", where="student", why=str(error), fix=fix) from None
 
 
 def copies(teacher: ModelFolder, spec: ModelSpec) -> dict[str, str]:
@@ -81,7 +82,7 @@ def copies(teacher: ModelFolder, spec: ModelSpec) -> dict[str, str]:
     return names
 
 
-def student_tensors(teacher: ModelFolder, spec: ModelSpec, copied: Mapping[str, str], seed: int) -> Iterator[tuple[str, str, Raw]]:
+def student_tensors(teacher: ModelFolder, spec: ModelSpec, copied: Mapping[str, str], seed: int) -> Iterator[Named]:
     """(name, dtype, raw bits) of every student tensor in the spec's order; new ones in the teacher's main dtype."""
     dtype = teacher.dtype
     for name, row in spec.tensors().items():

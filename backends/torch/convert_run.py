@@ -13,6 +13,7 @@ import torch
 from radlads.backends.torch.engine import TorchEngine
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
 from radlads.backends.torch.load import load_model, new_model, stored_tensors
+from radlads.backends.torch.memory import keep_freed_memory
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.trainer import Progress, run_stage
 from radlads.data.order import SampleOrder, batch
@@ -37,6 +38,8 @@ class RecipeRun:
     def __init__(self, run: Run, teacher: ModelFolder | None, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
         self.run, self.recipe, self.tokenizer, self.say = run, run.recipe, tokenizer, say
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            keep_freed_memory()
         torch.set_float32_matmul_precision("high")
         self.teacher_folder = teacher
         self.teacher = None if teacher is None else load_model(teacher, device=self.device, dtype=self.recipe.precision)

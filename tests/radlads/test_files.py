@@ -113,7 +113,7 @@ def test_existing_folder_is_refused_or_swapped(tmp_path: Path) -> None:
     with new_folder(final) as folder:
         assert not final.exists()
         write_file(folder / "one", b"1")
-    with pytest.raises(RadladsError, match="R401.*exists"), new_folder(final):
+    with pytest.raises(RadladsError, match=r"R401.*exists"), new_folder(final):
         pytest.fail("the block must not run")
     with new_folder(final, overwrite=True) as folder:
         write_file(folder / "two", b"2")
@@ -128,6 +128,33 @@ def test_failed_overwrite_keeps_the_old_folder(tmp_path: Path) -> None:
         write_file(folder / "two", b"2")
         raise ValueError
     assert names(tmp_path / "model") == ["one"] and names(tmp_path) == ["model"]
+
+
+def test_old_folder_returns_when_the_new_one_cannot_take_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    write_file(tmp_path / "model" / "one", b"1")
+    rename, calls = os.rename, iter([None, OSError(errno.EIO, "input/output error"), None])
+
+    def failing(source: Path, target: Path) -> None:
+        if error := next(calls):
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(RadladsError, match=r"R401.*input/output"), new_folder(tmp_path / "model", overwrite=True):
+        pass
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["one"]
+
+
+def test_file_systems_without_locks_are_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    leftover = files.partial_name(tmp_path / "x")
+    leftover.write_bytes(b"")
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    write_file(tmp_path / "x", b"1")
+    assert leftover.exists() and (tmp_path / "x").read_bytes() == b"1"
 
 
 def test_empty_folder_may_be_filled_but_a_file_or_link_not_replaced(tmp_path: Path) -> None:
@@ -199,7 +226,11 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
         sha256(tmp_path)
 
 
-GOOD_JSON: dict[str, Any] = {'{"a": [1, 2.5, "x", null, true]}': {"a": [1, 2.5, "x", None, True]}, "[" * 60 + "]" * 60: None, '"\\u00fc"': "ü"}
+GOOD_JSON: dict[str, Any] = {
+    '{"a": [1, 2.5, "x", null, true]}': {"a": [1, 2.5, "x", None, True]},
+    "[" * 60 + "]" * 60: None,
+    '"\\u00fc"': "ü",
+}
 
 
 @pytest.mark.parametrize("text", GOOD_JSON)
@@ -239,5 +270,5 @@ def test_bad_json_is_one_error(case: str, tmp_path: Path) -> None:
 def test_json_of_unbounded_size_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "x.json", "wb") as file:
         file.truncate(50 * 2**30)  # sparse
-    with pytest.raises(RadladsError, match="R201.*larger than"):
+    with pytest.raises(RadladsError, match=r"R201.*larger than"):
         read_json(tmp_path / "x.json")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from radlads import folder as folder_module
 from radlads.errors import RadladsError
 from radlads.files import sha256
 from radlads.folder import MANIFEST, ModelFolder, open_folder, save_folder
-from radlads.tensors import Entry, Raw, decode, read_header, read_raw, write_weights
-from tests.models import tiny_teacher
+from radlads.tensors import Entry, Raw, decode, read_raw
+from tests.models import rewrite, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
 DIMS = {"hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
@@ -38,14 +38,6 @@ def edit(path: Path, **changes: object) -> None:
     (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def rewrite(path: Path, change: Callable[[dict[str, tuple[str, Raw]]], object]) -> None:
-    """Change the tensors of model.safetensors, given as name -> (dtype, raw)."""
-    stored = {name: (entry.dtype, np.array(read_raw(entry))) for name, entry in read_header(path / "model.safetensors").items()}
-    change(stored)
-    plan = {name: (dtype, raw.shape) for name, (dtype, raw) in stored.items()}
-    write_weights(path / "model.safetensors", [(name, dtype, raw) for name, (dtype, raw) in stored.items()], plan)
-
-
 def raw_tensors(folder: ModelFolder) -> Iterator[tuple[str, str, Raw]]:
     """The tensors of a folder as `save_folder` takes them."""
     for name, entry in folder.weights.items():
@@ -54,7 +46,14 @@ def raw_tensors(folder: ModelFolder) -> Iterator[tuple[str, str, Raw]]:
 
 def copy(source: ModelFolder, final: Path, **changes: Any) -> ModelFolder:
     """Save a folder's own tensors under another name."""
-    given = {"spec": source.spec, "tensors": raw_tensors(source), "source": source, "dtype": source.dtype, "manifest": {}, **changes}
+    given = {
+        "spec": source.spec,
+        "tensors": raw_tensors(source),
+        "source": source,
+        "dtype": source.dtype,
+        "manifest": {},
+        **changes,
+    }
     return save_folder(final, **given)
 
 
@@ -154,6 +153,7 @@ def test_output_may_not_touch_the_input(teacher: Path, tmp_path: Path) -> None:
     source = open_folder(teacher)
     before = {path.name: sha256(path) for path in teacher.iterdir()}
     (tmp_path / "link").symlink_to("teacher")
+    (tmp_path / MANIFEST).write_text("{}")  # else the folder that holds the input would be spared as no model
     for target in (teacher, teacher / "inside", tmp_path, tmp_path / "x" / ".." / "teacher", tmp_path / "link" / "inside"):
         with pytest.raises(RadladsError, match="R401"):
             copy(source, target, overwrite=True)
@@ -163,12 +163,12 @@ def test_output_may_not_touch_the_input(teacher: Path, tmp_path: Path) -> None:
 def test_overwriting_replaces_model_folders_only(teacher: Path, tmp_path: Path) -> None:
     source = open_folder(teacher)
     first = copy(source, tmp_path / "b", extra_files={"old": b""})
-    with pytest.raises(RadladsError, match="R401.*exists"):
+    with pytest.raises(RadladsError, match=r"R401.*exists"):
         copy(source, first.path)
     assert not (copy(source, first.path, overwrite=True).path / "old").exists()
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
-    with pytest.raises(RadladsError, match="R401.*not replaced"):
+    with pytest.raises(RadladsError, match=r"R401.*not replaced"):
         copy(source, tmp_path / "precious", overwrite=True)
     assert (tmp_path / "precious" / "thesis.txt").exists()
 
@@ -188,7 +188,7 @@ def test_source_that_changes_while_it_is_read_is_noticed(teacher: Path, tmp_path
         yield from raw_tensors(source)
         os.utime(teacher / "model.safetensors", ns=(1, 1))
 
-    with pytest.raises(RadladsError, match="R201.*changed"):
+    with pytest.raises(RadladsError, match=r"R201.*changed"):
         copy(source, tmp_path / "b", tensors=touching())
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
@@ -228,7 +228,13 @@ def test_faults_of_the_tensors_are_named_at_once(teacher: Path) -> None:
     with pytest.raises(RadladsError) as caught:
         open_folder(teacher)
     assert caught.value.code == "R203"
-    for words in ("4 faults", "model.norm.weight is missing", "extra.weight is unknown", "up_proj.weight is [8, 12], the config needs [12, 8]", "is I32"):
+    for words in (
+        "4 faults",
+        "model.norm.weight is missing",
+        "extra.weight is unknown",
+        "up_proj.weight is [8, 12], the config needs [12, 8]",
+        "is I32",
+    ):
         assert words in caught.value.why
 
 
@@ -238,7 +244,7 @@ def test_half_precision_kinds_are_not_mixed(teacher: Path) -> None:
         stored["lm_head.weight"] = ("F16", np.zeros((300, 8), np.float16))
 
     rewrite(teacher, mix)
-    with pytest.raises(RadladsError, match="R203.*F16 and BF16 are mixed"):
+    with pytest.raises(RadladsError, match=r"R203.*F16 and BF16 are mixed"):
         open_folder(teacher)
 
 
@@ -251,21 +257,25 @@ def test_stored_head_of_a_tied_model_must_equal_the_embedding(tmp_path: Path) ->
         stored["lm_head.weight"][1][299, 7] += 1
 
     rewrite(path, differ)
-    with pytest.raises(RadladsError, match="R203.*ties lm_head"):
+    with pytest.raises(RadladsError, match=r"R203.*ties lm_head"):
         open_folder(path)
 
 
 def test_head_in_another_dtype_is_compared_by_value(tmp_path: Path) -> None:
     path = tiny_teacher(tmp_path / "a", tie_embeddings=True, dtype="BF16", **DIMS)
-    rewrite(path, lambda stored: stored.update({"lm_head.weight": ("F32", decode(stored["model.embed_tokens.weight"][1], "BF16"))}))
+    rewrite(
+        path, lambda stored: stored.update({"lm_head.weight": ("F32", decode(stored["model.embed_tokens.weight"][1], "BF16"))})
+    )
     assert "lm_head.weight" not in open_folder(path).weights
     rewrite(path, lambda stored: stored.update({"lm_head.weight": ("F32", np.zeros((300, 8), np.float32))}))
-    with pytest.raises(RadladsError, match="R203.*ties lm_head"):
+    with pytest.raises(RadladsError, match=r"R203.*ties lm_head"):
         open_folder(path)
 
 
 def test_rotary_buffers_are_ignored(teacher: Path) -> None:
-    rewrite(teacher, lambda stored: stored.update({"model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", np.ones(2, np.float32))}))
+    rewrite(
+        teacher, lambda stored: stored.update({"model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", np.ones(2, np.float32))})
+    )
     assert not any("rotary" in name for name in open_folder(teacher).weights)
 
 
@@ -340,7 +350,9 @@ def test_bad_config_is_one_error_naming_the_folder(case: str, teacher: Path) -> 
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", '"x"', "{", '{"model_type": "qwen3", "model_type": "llama"}', "[" * 5000, "\x00", '{"a": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '"x"', "{", '{"model_type": "qwen3", "model_type": "llama"}', "[" * 5000, "\x00", '{"a": NaN}']
+)
 def test_config_that_is_no_table_is_r204(text: str, teacher: Path) -> None:
     (teacher / "config.json").write_text(text)
     with pytest.raises(RadladsError, match="R204"):
@@ -354,9 +366,14 @@ def test_code_named_in_a_config_is_not_run(teacher: Path) -> None:
 
 
 SPEC_FAULTS: dict[str, Any] = {
-    "layers": "two", "mixers": ["softmax", "magic"], "mixer": {"gate": "half"}, "ranks": {"decay": "x"}, "unknown": 1, "num_layers": 10**9,
-    "hidden_size": None, "rope_scaling": 7, "family": 3,
-}  # fmt: skip
+    "layers": "two",
+    "mixers": ["softmax", "magic"],
+    "mixer": {"gate": "half"},
+    "ranks": {"decay": "x"},
+    "unknown": 1,
+    "num_layers": 10**9,
+    "hidden_size": None,
+}
 
 
 @pytest.mark.parametrize("key", SPEC_FAULTS)
@@ -367,12 +384,8 @@ def test_bad_student_spec_is_one_error(key: str, teacher: Path, tmp_path: Path) 
     assert student.stage == 1
     spoiled = {**spec.to_dict(), key: SPEC_FAULTS[key]}
     edit(student.path, radlads=spoiled)
-    try:
+    with pytest.raises(RadladsError, match=r"R20[34]"):
         open_folder(student.path)
-    except RadladsError as error:
-        assert error.code in ("R203", "R204")
-    else:
-        assert key in ("rope_scaling", "family"), "this field is read by the backends only"
 
 
 def zeros(spec: Any) -> Iterator[tuple[str, str, Raw]]:
@@ -383,8 +396,9 @@ def zeros(spec: Any) -> Iterator[tuple[str, str, Raw]]:
 
 @pytest.mark.parametrize(
     "manifest",
-    [{}, {"stage": 4}, {"stage": -1}, {"stage": "1"}, {"stage": 1.0}, {"stage": True}, {"stage": None}, {"stage": 1, "schema": 2}],
-)  # fmt: skip
+    [{}, {"schema": 2, "stage": 1}, *({"stage": stage} for stage in (4, -1, "1", 1.0, True, None, [1]))],
+    ids=str,
+)
 def test_bad_manifest_is_r204(manifest: dict[str, Any], teacher: Path, tmp_path: Path) -> None:
     source = open_folder(teacher)
     spec = source.spec.as_student("rwkv7")
@@ -408,7 +422,7 @@ def test_links_out_of_the_folder_are_not_followed(name: str, teacher: Path, tmp_
     (tmp_path / "secret").write_text("{}")
     (teacher / name).unlink(missing_ok=True)
     (teacher / name).symlink_to("../secret")
-    with pytest.raises(RadladsError, match="R201.*leaves the model folder"):
+    with pytest.raises(RadladsError, match=r"R201.*leaves the model folder"):
         copy(open_folder(teacher), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 from radlads.backends.mlx.kernels import (
     chunk_size,
     decayed_products,
+    each_chunk,
     floored,
     from_middle,
     from_start,
@@ -61,8 +62,8 @@ def wkv6_chunked(
     decay = mx.exp(from_start(log_w))
     kept = decay[..., -1:, :]  # (B, H, chunks, 1, N key)
     starts = []
-    for keep, add in zip(mx.split(kept, kept.shape[2], axis=2), mx.split(added, added.shape[2], axis=2), strict=True):
+    for keep, add in zip(each_chunk(kept), each_chunk(added), strict=True):
         starts.append(state)
-        state = state * keep[:, :, 0] + add[:, :, 0]
+        state = state * keep + add
     before = (q * decay[..., 1:, :]) @ mx.stack(starts, axis=2).swapaxes(-1, -2)
     return join_chunks(inside + before, length, dtype), state

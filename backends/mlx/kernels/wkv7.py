@@ -9,6 +9,7 @@ import mlx.core as mx
 from radlads.backends.mlx.kernels import (
     chunk_size,
     decayed_products,
+    each_chunk,
     floored,
     from_middle,
     from_start,
@@ -67,7 +68,7 @@ def wkv7_chunked(
     """All chunks of `size` tokens at once; only the state goes from chunk to chunk.
 
     With u_t = S_{t-1} a_t, a chunk solves (I - M_ab) u = A S_0^T + M_ak v, M strictly lower. The solution is linear in
-    the chunk's first state, so everything but S <- S move + add is done for all chunks together.
+    the chunk's first state, so that the inverse is taken for all chunks together.
     """
     length, dtype = r.shape[1], r.dtype
     r, log_w, k, v, a, b = (split_chunks(x, size) for x in (r, log_w, k, v, a, b))
@@ -78,17 +79,19 @@ def wkv7_chunked(
     m_rk, m_rb = decayed_products(r, k, r_mid, k_mid, lag=0), decayed_products(r, b, r_mid, b_mid, lag=0)
     m_ak, m_ab = decayed_products(a, k, a_mid, k_mid, lag=1), decayed_products(a, b, a_mid, b_mid, lag=1)
 
-    decay, last = mx.exp(from_start(log_w)), mx.exp(to_end(log_w))
     solve = unit_lower_inverse(m_ab)
+    decay, last = mx.exp(from_start(log_w)), mx.exp(to_end(log_w))
     u_state, u_own = solve @ (a * decay[..., :-1, :]), solve @ (m_ak @ v)  # u = u_state S_0^T + u_own
-    move = u_state.swapaxes(-1, -2) @ (b * last) + decay[..., -1, :, None] * mx.eye(r.shape[-1])
-    add = u_own.swapaxes(-1, -2) @ (b * last) + v.swapaxes(-1, -2) @ (k * last)
-    starts = []
-    for moved, added in zip(mx.split(move, move.shape[2], axis=2), mx.split(add, add.shape[2], axis=2), strict=True):
+    kept, b_last = decay[..., -1:, :], b * last
+    add = v.swapaxes(-1, -2) @ (k * last)  # (B, H, chunks, N value, N key)
+    starts, solved = [], []
+    for per_state, own, keep, of_b, added in zip(*map(each_chunk, (u_state, u_own, kept, b_last, add)), strict=True):
+        u = own + per_state @ state.swapaxes(-1, -2)
         starts.append(state)
-        state = state @ moved[:, :, 0] + added[:, :, 0]
-    r_start = r * decay[..., 1:, :] + m_rb @ u_state
-    p = r_start @ mx.stack(starts, axis=2).swapaxes(-1, -2) + m_rb @ u_own + m_rk @ v
+        solved.append(u)
+        state = state * keep + added + u.swapaxes(-1, -2) @ of_b
+    before = (r * decay[..., 1:, :]) @ mx.stack(starts, axis=2).swapaxes(-1, -2)
+    p = before + m_rb @ mx.stack(solved, axis=2) + m_rk @ v
     return join_chunks(p, length, dtype), state
 
 

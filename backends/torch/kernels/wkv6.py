@@ -22,7 +22,7 @@ WKV6_LAUNCH = {
     "intra": ((4, 1), (4, 1)),
     "scan": ((4, 1), (4, 1)),
     "reverse": ((4, 1), (4, 1)),
-    "grad": ((4, 1), (8, 1)),
+    "grad": ((4, 1), (4, 1)),
 }
 
 
@@ -80,19 +80,11 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
         "chunks": B * NT if chunk_seq is None else chunk_seq.numel(),
         "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C,
         "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag)},
-        "common": {"N": N, "BN": 128 if N > 64 else 64, "C": C, "CLAMP": clamp,
+        "common": {"N": N, "BK": 64, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **chunk_precision(q.dtype, q.device)},
-        "tile": wkv6_value_tile(seqs * H, N),
+        "tile": 64,
         "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV6_LAUNCH.items()},
     }
-
-
-def wkv6_value_tile(scans: int, N: int) -> int:
-    """Value channels per scan: fewer where there are too few heads to fill the card."""
-    tile = 128 if N > 64 else 64
-    while tile > 64 and scans * triton.cdiv(N, tile) < 256:
-        tile //= 2
-    return tile
 
 
 @torch.library.custom_op("radlads::wkv6_forward", mutates_args=())
@@ -103,18 +95,16 @@ def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tenso
     plan = wkv6_plan(q, cu_seqlens)
     C, chunks, BV = plan["C"], plan["chunks"], plan["tile"]
     cu, chunk_seq, chunk_start = plan["tables"]
-    tiles = triton.cdiv(N, BV)
     out = torch.empty_like(q)
     final = q.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     checkpoint = q.new_empty((chunks, H, N, N) if save else 0)
-    pairs = q.new_empty((chunks, H, C, C) if tiles > 1 else 0)
+    pairs = q.new_empty((chunks, H, C, C))
     sizes = (plan["T"], plan["NT"], H, k.shape[2], scale)
-    if tiles > 1:
-        wkv6_intra_kernel[(H, chunks)](q, log_w, k, pairs, cu, chunk_seq, chunk_start, *sizes,
-                                       **plan["common"], **plan["pairs"], **plan["launch"]["intra"])
-    wkv6_scan_kernel[(tiles, H, plan["seqs"])](
-        q, log_w, k, v, pairs, state, out, checkpoint, final, cu, chunk_start, *sizes, **plan["common"], **plan["pairs"],
-        BV=BV, INLINE=tiles == 1, HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+    wkv6_intra_kernel[(H, chunks)](q, log_w, k, pairs, cu, chunk_seq, chunk_start, *sizes,
+                                   **plan["common"], **plan["pairs"], **plan["launch"]["intra"])
+    wkv6_scan_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+        q, log_w, k, v, pairs, state, out, checkpoint, final, cu, chunk_start, *sizes, **plan["common"],
+        BV=BV, HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     return out, final, checkpoint
 
 
@@ -148,9 +138,10 @@ def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor
         **plan["launch"]["reverse"])
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     d_log_w = torch.empty_like(log_w)
-    wkv6_grad_kernel[(H, plan["chunks"])](
+    wkv6_grad_kernel[(triton.cdiv(N, 64) + 1, H, plan["chunks"])](
         q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, dv, cu, chunk_seq, chunk_start,
-        plan["T"], plan["NT"], H, Hk, scale, **plan["common"], **plan["pairs"], **plan["launch"]["grad"])
+        plan["T"], plan["NT"], H, Hk, scale, **plan["common"], **plan["pairs"], BV=128 if N > 64 else 64,
+        **plan["launch"]["grad"])
     if Hk != H:
         dk, dv = (x.view(B, T, Hk, H // Hk, N).sum(3, dtype=torch.float32).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv, d_log_w, d_state

@@ -22,7 +22,7 @@ WKV7_LAUNCH = {
     "solve": ((4, 1), (4, 1)),
     "scan": ((4, 1), (4, 1)),
     "reverse": ((4, 1), (4, 1)),
-    "grad": ((4, 1), (8, 1)),
+    "grad": ((4, 1), (4, 1)),
 }
 
 
@@ -87,70 +87,65 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
         "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag),
                   "SOLVE_PREC": precision["PREC"]},
         "inline": diag == C,
-        "common": {"N": N, "BN": 128 if N > 64 else 64, "C": C, "CLAMP": clamp,
+        "width": 128 if N > 64 else 64,
+        "common": {"N": N, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **precision},
-        "tile": wkv7_value_tile(B * heads, N),
+        "tile": 64,
         "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV7_LAUNCH.items()},
     }
 
 
-def wkv7_value_tile(scans: int, N: int) -> int:
-    """Value channels per scan: fewer where there are too few heads to fill the card."""
-    tile = 128 if N > 64 else 64
-    while tile > 64 and scans * triton.cdiv(N, tile) < 256:
-        tile //= 2
-    return tile
+def wkv7_solve(r: Tensor, log_w: Tensor, k: Tensor, a: Tensor, b: Tensor, scale: float, plan: dict[str, object]
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(I - A_ab)^-1 of each chunk and, where the decay is not bounded, the pair matrices A_ak, A_rb, A_rk (else empty)."""
+    H = r.shape[2]
+    pair = (plan["chunks"], H, plan["C"], plan["C"])
+    solve = r.new_empty(pair, dtype=plan["store"])
+    a_ak, a_rb, a_rk = (solve.new_empty(0 if plan["inline"] else pair) for _ in range(3))
+    wkv7_solve_kernel[(H, plan["chunks"])](
+        r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, *plan["tables"], plan["T"], plan["NT"], H, scale,
+        **plan["common"], **plan["pairs"], BN=plan["width"], SOLVE_LEVELS=plan["C"].bit_length() - 1,
+        INLINE=plan["inline"], **plan["launch"]["solve"])
+    return solve, a_ak, a_rb, a_rk
 
 
 @torch.library.custom_op("radlads::wkv7_forward", mutates_args=())
 def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                     cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, final state, u, checkpoints, solve, A_rb); the last four are what the backward needs, else empty."""
-    B, T, H, N = r.shape
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state, u, state before each chunk, solve); the last three are for the backward, else empty."""
+    H, N = r.shape[2:]
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
-    C, chunks, inline = plan["C"], plan["chunks"], plan["inline"]
-    cu, chunk_seq, chunk_start = plan["tables"]
+    cu, _, chunk_start = plan["tables"]
+    BV = plan["tile"]
+    solve, *pairs = wkv7_solve(r, log_w, k, a, b, scale, plan)
     out = torch.empty_like(r)
     final = r.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
-    pair = (chunks, H, C, C)
-    solve = r.new_empty(pair, dtype=plan["store"])
-    a_ak, a_rb, a_rk = (solve.new_empty(0 if inline else pair) for _ in range(3))
-    u = torch.empty_like(r if save else r[:0], dtype=plan["store"])
-    checkpoint = solve.new_empty((chunks, H, N, N) if save else 0)
-    sizes = (plan["T"], plan["NT"], H)
-    wkv7_solve_kernel[(H, chunks)](
-        r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu, chunk_seq, chunk_start, *sizes, scale,
-        **plan["common"], **plan["pairs"], SOLVE_LEVELS=C.bit_length() - 1, INLINE=inline,
-        **plan["launch"]["solve"])
-    BV = plan["tile"]
+    u = torch.empty_like(r if save else r[:0])
+    checkpoint = r.new_empty((plan["chunks"], H, N, N) if save else 0)
     wkv7_scan_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
-        r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state, out, u, checkpoint, final, cu, chunk_start,
-        *sizes, v.shape[2], scale, **plan["common"], BV=BV, INLINE=inline, HAS_STATE=state is not None, SAVE=save,
-        **plan["launch"]["scan"])
-    if not save:
-        solve, a_rb = solve.new_empty(0), solve.new_empty(0)
-    return out, final, u, checkpoint, solve, a_rb
+        r, log_w, k, v, a, b, solve, *pairs, state, out, u, checkpoint, final, cu, chunk_start,
+        plan["T"], plan["NT"], H, v.shape[2], scale, **plan["common"], BK=64, BV=BV, INLINE=plan["inline"],
+        HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+    return out, final, u, checkpoint, solve if save else solve.new_empty(0)
 
 
 @wkv7_forward_op.register_fake
 def wkv7_forward_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                       cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, H, N = r.shape
     C = 64 if v.dtype == torch.bfloat16 else 32
-    inline = decay_block(C, min_log_w)[0] == C
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + seqs
-    pair = (chunks, H, C, C)
     return (torch.empty_like(r), r.new_empty((seqs, H, N, N), dtype=torch.float32),
             torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0),
-            r.new_empty(pair if save else 0), r.new_empty(pair if save and not inline else 0))
+            r.new_empty((chunks, H, C, C) if save else 0))
 
 
 @torch.library.custom_op("radlads::wkv7_backward", mutates_args=())
 def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                     b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
+                     b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, cu_seqlens: Tensor | None,
                      scale: float, min_log_w: float | None, need_state: bool
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b and the initial state (empty unless needed)."""
@@ -159,20 +154,24 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, chunk_seq, chunk_start = plan["tables"]
     sizes = (plan["T"], plan["NT"], H)
+    BV = plan["tile"]
     d_out = d_out.contiguous()
-    du = torch.empty_like(u)
+    if plan["inline"]:
+        pairs = (solve, solve, solve)
+    else:
+        _, *pairs = wkv7_solve(r, log_w, k, a, b, scale, plan)
+    dr, dk, dv, da, db, du = (torch.empty_like(r) for _ in range(6))
+    d_log_w = torch.empty_like(log_w)
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    BV = plan["tile"]
     wkv7_reverse_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
-        r, log_w, a, b, solve, a_rb, d_out, None if d_final is None else d_final.contiguous(), du, d_checkpoint, d_state,
-        cu, chunk_start, *sizes, scale, **plan["common"], BV=BV, INLINE=plan["inline"],
+        r, log_w, k, a, b, solve, *pairs, d_out, None if d_final is None else d_final.contiguous(), du, dv, d_checkpoint,
+        d_state, cu, chunk_start, *sizes, scale, **plan["common"], BK=64, BV=BV, INLINE=plan["inline"],
         HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
-    dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
-    d_log_w = torch.empty_like(log_w)
-    wkv7_grad_kernel[(H, plan["chunks"])](
-        r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, dv, da, db,
-        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["pairs"], **plan["launch"]["grad"])
+    wkv7_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
+        r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
+        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["pairs"], BK=64, BV=plan["width"],
+        **plan["launch"]["grad"])
     if Hv != H:
         dv = dv.view(B, T, Hv, H // Hv, N).sum(3, dtype=torch.float32).to(v.dtype)
     return dr, d_log_w, dk, dv, da, db, d_state
@@ -180,7 +179,7 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
 
 @wkv7_backward_op.register_fake
 def wkv7_backward_fake(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                       b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
+                       b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, cu_seqlens: Tensor | None,
                        scale: float, min_log_w: float | None, need_state: bool
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, H, N = r.shape

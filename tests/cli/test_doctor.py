@@ -1,0 +1,35 @@
+import json
+
+import pytest
+
+from radlads.cli import doctor as module
+from radlads.cli.doctor import GOOD, MISSING
+
+
+def test_report_names_packages_and_backends(radlads):
+    found = json.loads(radlads("doctor", "--json").out)
+    names = {finding["name"]: finding for finding in found["findings"]}
+    assert names["numpy"]["state"] == GOOD and {"torch", "mlx", "backend torch", "backend mlx", "disk", "machine"} <= set(names)
+    assert found["healthy"] == any(names[f"backend {name}"]["state"] == GOOD for name in ("torch", "mlx"))
+    assert "numpy" in radlads("doctor").out
+
+
+def test_without_a_backend_it_fails_and_says_what_to_install(radlads, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    outcome = radlads("doctor")
+    assert outcome.status == 3 and "radlads[torch]" in outcome.out and "radlads[mlx]" in outcome.out
+
+
+@pytest.mark.parametrize("look", [module.torch_backend, module.mlx_backend])
+def test_broken_backend_is_reported_not_raised(monkeypatch, look):
+    def broken(name):
+        raise OSError("wrong library")
+
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    monkeypatch.setattr(module, "import_module", broken)
+    assert look().state == "broken" and "wrong library" in look().detail and look().fix
+
+
+def test_missing_package_has_its_command(monkeypatch):
+    monkeypatch.setitem(module.PACKAGES, "no-such-package", ("nothing", ""))
+    assert module.package("no-such-package").state == MISSING and module.package("no-such-package").fix

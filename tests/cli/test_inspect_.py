@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from radlads.folder import open_folder
+from radlads.spec import ModelSpec
+from radlads.weights_tools.surgery import make_student
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inspect") / "student"
+    make_student(open_folder(teacher), path, arch="rwkv7", keep_softmax=(0,), options={})
+    return path
+
+
+def test_json_of_a_student_agrees_with_its_spec(radlads, student):
+    found = json.loads(radlads("inspect", student, "--json", "--tensors").out)
+    spec: ModelSpec = open_folder(student).spec
+    assert found["schema"] == 1 and found["mixers"] == ["softmax", "rwkv7"] and found["stage"] == 0
+    assert found["parameters"] == spec.parameters() and found["state_bytes"] == spec.state_bytes() > 0
+    assert found["weight_bytes"] == 4 * spec.parameters() and found["dtype"] == "float32"
+    assert found["cache_bytes_per_token"] == 2 * 4 * spec.Ckv and found["teacher"] == "teacher"
+    assert {row["name"]: tuple(row["shape"]) for row in found["tensors"]} == {n: r.shape for n, r in spec.tensors().items()}
+    assert found["files"]["model.safetensors"] > found["weight_bytes"] and found["history"][0]["kind"] == "init"
+
+
+def test_overview_for_people(radlads, student, teacher):
+    page = radlads("inspect", student).out
+    assert all(text in page for text in ("stage 0 (untrained)", "layers 0 ", "rwkv7", "at any length")) and "embed" not in page
+    page = radlads("inspect", teacher, "--tensors").out
+    assert "softmax attention" in page and "model.embed_tokens.weight" in page
+
+
+def test_no_code_of_the_folder_runs_and_its_names_cannot_write_to_the_terminal(radlads, student, tmp_path):
+    for file in student.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "modeling_radlads.py").write_text("raise SystemExit(99)")
+    (tmp_path / "evil\x1b[2J").write_text("")
+    manifest = json.loads((tmp_path / "radlads.json").read_text())
+    (tmp_path / "radlads.json").write_text(json.dumps({**manifest, "history": [{"kind": "a\x1b[2J"}, "text"]}))
+    outcome = radlads("inspect", tmp_path)
+    assert outcome.status == 0 and "\x1b" not in outcome.out
+
+
+def test_broken_folder_is_one_line(radlads, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    outcome = radlads("inspect", tmp_path)
+    assert outcome.status == 2 and outcome.err.startswith("error: R204") and outcome.err.count("\n") == 1
