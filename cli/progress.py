@@ -47,6 +47,10 @@ class TrainingScreen:
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def due(self) -> bool:
+        """Whether the last line was long enough ago."""
+        return time.monotonic() - self.last_line >= INTERVAL
+
     def step(self, progress: "Progress") -> None:
         """After each optimiser step."""
         stage = progress.stage
@@ -55,7 +59,7 @@ class TrainingScreen:
             if self.kind != stage.kind:
                 self.task = self.bar.add_task(TITLES[stage.kind], total=stage.steps, loss=loss, speed=speed)
             self.bar.update(self.task, completed=progress.step, loss=loss, speed=speed)
-        elif not self.quiet and (self.kind != stage.kind or progress.step == stage.steps or time.monotonic() - self.last_line >= INTERVAL):
+        elif not self.quiet and (self.kind != stage.kind or progress.step == stage.steps or self.due()):
             self.last_line = time.monotonic()
             left = duration(progress.seconds_left)
             self.say(f"{TITLES[stage.kind]}: step {progress.step}/{stage.steps}, loss {loss}, {speed} tok/s, {left} left")

@@ -59,7 +59,8 @@ class TrainResult:
             yield f"\n{sample['title']} writes:\n  {sample['prompt']}{sample['text']}"
         yield f"\nmodel   {self.model}"
         yield from (f"report  {path}" for path in self.files if path.endswith(".html"))
-        yield f"\nnext:\n  radlads chat {self.model}\n  radlads generate {self.model} -p 'Once upon a time' -m 100\n  radlads inspect {self.model}"
+        chat, write = f"radlads chat {self.model}", f"radlads generate {self.model} -p 'Once upon a time' -m 100"
+        yield f"\nnext:\n  {chat}\n  {write}\n  radlads inspect {self.model}"
 
 
 def train(options: TrainOptions) -> TrainResult:
@@ -71,7 +72,8 @@ def train(options: TrainOptions) -> TrainResult:
     recipe = chosen_recipe(options)
     arch = f"-{recipe.student.arch}" if recipe.student else ""
     folder = Path(options.output_dir or f"runs/{recipe.name}{arch}")
-    with begin_run(folder, recipe, options.resume) as run, TrainingScreen(options.quiet or options.json) as screen, signals() as stop:
+    quiet = options.quiet or options.json
+    with begin_run(folder, recipe, options.resume) as run, TrainingScreen(quiet) as screen, signals() as stop:
         done = run_recipe(run, options.student, screen, stop)
         if not done:
             status = 130 if stop["signal"] == signal.SIGINT else STOPPED
@@ -112,7 +114,7 @@ def run_recipe(run: "Run", student: str | None, screen: Any, stop: dict[str, int
     if recipe.init is not None:
         path = resolve(recipe.tokenizer or "")
         tokenizer = Tokenizer(path if path.is_dir() else path.parent, vocab_size=recipe.init_spec().vocab_size)
-        return train_teacher(run, tokenizer, screen.step, screen.say, stopping)
+        return train_teacher(run, tokenizer, screen.step, stopping)
     assert recipe.student is not None
     teacher = open_folder(resolve(recipe.teacher or ""))
     tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)

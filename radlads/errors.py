@@ -53,7 +53,8 @@ class RadladsError(Exception):
 
 def fail(code: str, *, where: object, why: str, fix: str) -> RadladsError:
     """Build the error to raise: `raise fail("R201", where=path, why="...", fix="...")`."""
-    return RadladsError(code, printable(str(where)), printable(why.rstrip(".")), fix if fix.endswith((".", "`")) else fix + ".")
+    end = "" if fix.endswith((".", "?", "`")) else "."
+    return RadladsError(code, printable(str(where)), printable(why.rstrip(".")), fix + end)
 
 
 def printable(text: str, limit: int = 2000) -> str:

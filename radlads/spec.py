@@ -231,8 +231,6 @@ class ModelSpec:
             raise ValueError(str(error)) from None
 
 
-
-
 def _product(shape: tuple[int, ...]) -> int:
     total = 1
     for size in shape:

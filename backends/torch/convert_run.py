@@ -31,12 +31,15 @@ from radlads.tokenizer import Tokenizer
 SHORT_CONTEXT = 8
 SHORT_CONTEXT_TOKENS = 4096
 
+Report = Callable[[Progress], None]
+Stopping = Callable[[], bool]
+
 
 class RecipeRun:
     """The parts of a run that every stage needs: teacher, data, tokenizer, device."""
 
-    def __init__(self, run: Run, teacher: ModelFolder | None, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
-        self.run, self.recipe, self.tokenizer, self.say = run, run.recipe, tokenizer, say
+    def __init__(self, run: Run, teacher: ModelFolder | None, tokenizer: Tokenizer) -> None:
+        self.run, self.recipe, self.tokenizer = run, run.recipe, tokenizer
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             keep_freed_memory()
@@ -44,8 +47,9 @@ class RecipeRun:
         self.teacher_folder = teacher
         self.teacher = None if teacher is None else load_model(teacher, device=self.device, dtype=self.recipe.precision)
         eos = tokenizer.eos_id if self.recipe.data.eos else None
+        field = self.recipe.data.text_field
         self.train, self.valid = (
-            prepare([resolve(name) for name in names], tokenizer, run.data / part, eos_id=eos, text_field=self.recipe.data.text_field)
+            prepare([resolve(name) for name in names], tokenizer, run.data / part, eos_id=eos, text_field=field)
             for part, names in (("train", self.recipe.data.train), ("valid", self.recipe.data.valid))
         )
 
@@ -63,20 +67,22 @@ class RecipeRun:
             if record.get("kind") == "eval" and record.get("stage") == stage:
                 return record
         is_teacher = stage == "teacher"
-        record = {"kind": "eval", "stage": stage, **evaluate(model, self.samples, None if is_teacher else self.teacher)}
+        result = evaluate(model, self.samples, None if is_teacher else self.teacher)
+        record = {"kind": "eval", "stage": stage, **result}
         if is_teacher:
             samples = self.samples[: max(1, SHORT_CONTEXT_TOKENS // self.recipe.eval.seq_len)].to(self.device)
             full, short = limited_context_loss(model, samples, SHORT_CONTEXT)
             record |= {"short_context": SHORT_CONTEXT, "short_context_loss": short, "full_context_loss": full}
-        self.run.log(record)
         if self.recipe.eval.new_tokens:
             prompt = self.recipe.eval.prompt
-            sampling = Sampling(temp=0.8, seed=self.recipe.seed)
-            written = stream(TorchEngine(model), self.tokenizer, self.tokenizer.encode(prompt), sampling, self.recipe.eval.new_tokens, [])
+            ids, sampling = self.tokenizer.encode(prompt), Sampling(temp=0.8, seed=self.recipe.seed)
+            written = stream(TorchEngine(model), self.tokenizer, ids, sampling, self.recipe.eval.new_tokens, [])
             self.run.log({"kind": "sample", "stage": stage, "prompt": prompt, "text": "".join(written)})
+        # Last: a measurement that is found again is whole, its text included.
+        self.run.log(record)
         return record
 
-    def stage(self, stage: Stage, source: ModelFolder | Model, report: Callable[[Progress], None], stopping: Callable[[], bool]) -> Path | None:
+    def stage(self, stage: Stage, source: ModelFolder | Model, report: Report, stopping: Stopping) -> Path | None:
         """Train one stage from `source` unless its folder is there already; None when it was asked to stop."""
         folder = self.run.stage_folder(stage.number)
         if not folder.exists():
@@ -92,10 +98,11 @@ class RecipeRun:
     def save(self, model: Model, folder: Path, stage: Stage, source: ModelFolder | None, seconds: float) -> None:
         """The model folder of a finished stage: its tensors, and every other file of the folder before it."""
         dtype = {"float32": "F32", "bfloat16": "BF16"}[self.recipe.precision]
-        before = dict(source.manifest or {}) if source else {}
-        step = {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step, "seconds": round(seconds, 1)}
-        record = {key: before[key] for key in ("teacher", "student") if key in before}
-        record |= {"stage": stage.number, "history": [*before.get("history", []), {**step, "recipe": self.recipe.name}]}
+        before: dict[str, Any] = dict(source.manifest or {}) if source else {}
+        step: dict[str, Any] = {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step}
+        step |= {"seconds": round(seconds, 1), "recipe": self.recipe.name}
+        record = {key: value for key, value in before.items() if key in ("teacher", "student")}
+        record |= {"stage": stage.number, "history": [*before.get("history", []), step]}
         save_folder(
             folder,
             spec=model.spec,
@@ -117,9 +124,9 @@ def tokenizer_files(recipe: Recipe) -> Mapping[str, bytes]:
     return {"tokenizer.json": (path / "tokenizer.json" if path.is_dir() else path).read_bytes(), **found}
 
 
-def train_teacher(run: Run, tokenizer: Tokenizer, report: Callable[[Progress], None], say: Callable[[str], None], stopping: Callable[[], bool]) -> bool:
+def train_teacher(run: Run, tokenizer: Tokenizer, report: Report, stopping: Stopping) -> bool:
     """A new teacher from random weights; False when it was asked to stop."""
-    parts = RecipeRun(run, None, tokenizer, say)
+    parts = RecipeRun(run, None, tokenizer)
     (stage,) = run.recipe.stages
     folder = parts.stage(stage, new_model(run.recipe.init_spec(), run.recipe.seed), report, stopping)
     if folder is None:
@@ -139,17 +146,17 @@ def convert(
     teacher: ModelFolder,
     step0: ModelFolder,
     tokenizer: Tokenizer,
-    report: Callable[[Progress], None],
+    report: Report,
     say: Callable[[str], None],
-    stopping: Callable[[], bool],
+    stopping: Stopping,
 ) -> bool:
     """All stages of a conversion from the student folder `step0`; False when it was asked to stop."""
     recipe = run.recipe
-    parts = RecipeRun(run, teacher, tokenizer, say)
+    parts = RecipeRun(run, teacher, tokenizer)
     assert parts.teacher is not None
     measured = parts.measure(parts.teacher, "teacher")
     found = parts.measure(load_model(step0, device=parts.device, dtype=recipe.precision), step0.stage or 0)
-    say(f"teacher loss {measured['loss']:.4f} (ppl {measured['ppl']:.2f}); student before training {found['loss']:.4f} (ppl {found['ppl']:.2f})")
+    say(f"teacher: {losses(measured)}; student before training: {losses(found)}")
     folder, stages = step0, []
     for stage in recipe.stages:
         path = parts.stage(stage, folder, report, stopping)
@@ -157,13 +164,20 @@ def convert(
             return False
         folder = open_folder(path)
         found = parts.measure(load_model(folder, device=parts.device, dtype=recipe.precision), stage.number)
-        say(f"after stage {stage.number}: loss {found['loss']:.4f} (ppl {found['ppl']:.2f}), KL {found['kl']:.4f}, agreement {found['agreement']:.1%}")
-        stages.append({"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step, "folder": path.name})
+        say(f"after stage {stage.number}: {losses(found)}, KL {found['kl']:.4f}, agreement {found['agreement']:.1%}")
+        stages.append(
+            {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step, "folder": path.name}
+        )
         stages[-1] |= {key: found[key] for key in ("loss", "ppl", "kl", "agreement")}
     publish(folder.path, run.model)
     final = {"teacher_ppl": measured["ppl"], "student_ppl": found["ppl"], "ppl_ratio": math.exp(found["loss"] - measured["loss"])}
     run.finish({**final, "kl": found["kl"], "agreement": found["agreement"]}, stages)
     return True
+
+
+def losses(record: dict[str, Any]) -> str:
+    """Loss and perplexity of a measurement for people."""
+    return f"loss {record['loss']:.4f} (perplexity {record['ppl']:.2f})"
 
 
 def publish(stage_folder: Path, model: Path) -> None:
@@ -185,4 +199,9 @@ def check_order(student: ModelFolder, first: Stage) -> None:
     done = student.stage
     if done is None or done >= first.number or (first.number >= 2 and done == 0):
         why = f"it has been through stage {done}, and the recipe begins with stage {first.number} ({first.kind})"
-        raise fail("R103", where=student.path, why=why, fix=f"Begin with a folder of stage {first.number - 1}, or with stages that follow")
+        raise fail(
+            "R103",
+            where=student.path,
+            why=why,
+            fix=f"Begin with a folder of stage {first.number - 1}, or with stages that follow",
+        )

@@ -1,5 +1,7 @@
 """What every mixer and layer shares: norms, rotary positions, projections, feed-forward, gate."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +82,9 @@ class Projections(nn.Module):
             self.q_norm = RMSNorm(spec.N, spec.rms_norm_eps)
             self.k_norm = RMSNorm(spec.N, spec.rms_norm_eps)
 
-    def project(self, x_q: Tensor, x_k: Tensor, x_v: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x_q: Tensor, x_k: Tensor, x_v: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) inputs to q (B, T, H, N) and k, v (B, T, Hkv, N), normed and, given `cos_sin`, rotated."""
         q, k, v = (p(x).unflatten(-1, (-1, self.spec.N)) for p, x in ((self.q_proj, x_q), (self.k_proj, x_k), (self.v_proj, x_v)))
         if self.spec.qk_norm:
@@ -96,7 +100,7 @@ def declare(module: nn.Module, **shapes: tuple[int, ...]) -> None:
         module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
 
-def declare_gate(module: nn.Module, spec: ModelSpec) -> None:
+def declare_gate(module: Any, spec: ModelSpec) -> None:
     """Parameters of the output gate: `gate.weight` (full) or `g1`, `g2` (lowrank)."""
     if spec.mixer.gate == "full":
         module.gate = nn.Linear(spec.D, spec.C, bias=False)
@@ -104,7 +108,7 @@ def declare_gate(module: nn.Module, spec: ModelSpec) -> None:
         declare(module, g1=(spec.D, spec.ranks.gate), g2=(spec.ranks.gate, spec.C))
 
 
-def gated(module: nn.Module, spec: ModelSpec, p: Tensor, x: Tensor) -> Tensor:
+def gated(module: Any, spec: ModelSpec, p: Tensor, x: Tensor) -> Tensor:
     """6.8, 7.9: p (B, T, C) times the output gate of x (B, T, D)."""
     if spec.mixer.gate == "full":
         return p * torch.sigmoid(module.gate(x))

@@ -30,7 +30,8 @@ def load_model(folder: ModelFolder, *, device: str | torch.device = "cpu", dtype
 def read_tensor(entry: Entry) -> torch.Tensor:
     """A stored tensor with its own dtype, in memory of its own: the file may change or vanish afterwards."""
     if entry.dtype not in STORED:
-        raise fail("R202", where=f"{entry.path}: {entry.name}", why=f"dtype {entry.dtype} is no float weight", fix="Dequantise the model")
+        why = f"dtype {entry.dtype} is no float weight"
+        raise fail("R202", where=f"{entry.path}: {entry.name}", why=why, fix="Dequantise the model")
     return torch.from_numpy(np.array(read_raw(entry))).view(STORED[entry.dtype])
 
 

@@ -15,7 +15,14 @@ class LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, temperature: float, ce: float, labels: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        temperature: float,
+        ce: float,
+        labels: Tensor,
     ) -> Tensor:
         """hidden (n, D) of the student, labels (n,); the loss is KL + ce * cross-entropy, temperature on both sides of KL."""
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -64,9 +71,9 @@ def distillation_loss(
     """kl_weight * KL(teacher || student) + ce_weight * CE, mean per token; hidden (B, T, D), labels (B, T)."""
     if kl_weight == 0:
         return ce_weight * language_model_loss(hidden, head, labels)
-    return kl_weight * LinearKL.apply(
-        hidden.flatten(0, 1), head, teacher_hidden.flatten(0, 1), teacher_head, temperature, ce_weight / kl_weight, labels.flatten()
-    )
+    flat, teacher_flat = hidden.flatten(0, 1), teacher_hidden.flatten(0, 1)
+    share = ce_weight / kl_weight
+    return kl_weight * LinearKL.apply(flat, head, teacher_flat, teacher_head, temperature, share, labels.flatten())
 
 
 def language_model_loss(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What each training stage minimises: the paper's steps 1 (align), 2 (distill) and 3 (lm)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,17 +46,19 @@ def alignment_errors(student: Model, teacher: Model, tokens: Tensor) -> Tensor:
     """
     spec = student.spec
     errors = []
+    converted: Any = student.model.layers
     with torch.no_grad():
         x = teacher.model.embed_tokens(tokens)
         state = empty_state(spec, len(tokens), tokens.device)
         teacher_context, _ = teacher.model.context(tokens, state, None, None, x.dtype)
     context, _ = student.model.context(tokens, state, None, None, x.dtype)
+    layer: Any
     for index, layer in enumerate(teacher.model.layers):
         with torch.no_grad():
             normed = layer.input_layernorm(x)
             wanted, _ = layer.self_attn(normed, teacher_context, {})
         if MIXERS[spec.mixers[index]].recurrent:
-            mixed, _ = student.model.layers[index].self_attn(normed, context, {})
+            mixed, _ = converted[index].self_attn(normed, context, {})
             errors.append(torch.linalg.vector_norm(wanted - mixed, dim=-1).float().mean() * spec.D**-0.5)
         with torch.no_grad():
             x = x + wanted

@@ -110,5 +110,3 @@ class Optimizer:
                     "step": torch.tensor(float(updates), device=master.device),
                     **{moment: tensors[f"{moment}.{name}"].to(master.device) for moment in ("exp_avg", "exp_avg_sq")},
                 }
-
-

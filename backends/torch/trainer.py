@@ -73,7 +73,7 @@ def run_stage(
         run.log(record)
         if skipped >= MAX_SKIPPED:
             why = f"{skipped} steps in a row had a loss or gradient that is not finite"
-            raise fail("R404", where=f"stage {stage.number}, step {done}", why=why, fix="Lower the learning rate, or look at the data")
+            raise fail("R404", where=f"stage {stage.number}, step {done}", why=why, fix="Lower the learning rate")
         report(Progress(stage, done, loss, speed, (stage.steps - done) * elapsed / (done - first)))
         if stage.save_every and done % stage.save_every == 0 and done < stage.steps:
             save(stage, done, optimizer, run)

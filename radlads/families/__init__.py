@@ -4,7 +4,7 @@ from typing import Any
 
 from radlads.errors import fail
 from radlads.families import llama, qwen2, qwen3
-from radlads.families.keys import write_common
+from radlads.families.keys import unsupported, write_common
 from radlads.spec import ModelSpec
 
 FAMILIES = {module.FAMILY: module for module in (qwen2, qwen3, llama)}
@@ -25,7 +25,7 @@ def read_config(config: object) -> ModelSpec:
             raise fail("R204", where="config.json: radlads", why=str(error), fix="Convert the model again") from None
     if kind not in FAMILIES:
         known = ", ".join(sorted([*FAMILIES, STUDENT_TYPE]))
-        raise fail("R205", where="config.json: model_type", why=f"{kind!r} is not supported; known: {known}", fix="Choose a supported teacher")
+        raise unsupported("model_type", f"{kind!r} is not supported; known: {known}")
     return FAMILIES[kind].read(config)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from radlads.errors import fail
+from radlads.errors import RadladsError, fail
 from radlads.spec import ModelSpec
 
 ROPE_KINDS = ("default", "linear", "llama3")
@@ -14,9 +14,9 @@ def positive_int(config: dict[str, Any], key: str, default: object = MISSING) ->
     value = config.get(key)
     value = default if value is None else value
     if value is MISSING:
-        raise fail("R204", where=f"config.json: {key}", why="the key is missing", fix="Copy it from the original model's config.json")
+        raise missing(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise fail("R204", where=f"config.json: {key}", why=f"{value!r} is no positive integer", fix="Correct the value")
+        raise wrong(key, f"{value!r} is no positive integer")
     return value
 
 
@@ -25,7 +25,7 @@ def number(config: dict[str, Any], key: str, default: float) -> float:
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise fail("R204", where=f"config.json: {key}", why=f"{value!r} is no positive number", fix="Correct the value")
+        raise wrong(key, f"{value!r} is no positive number")
     return float(value)
 
 
@@ -34,7 +34,7 @@ def flag(config: dict[str, Any], key: str, default: bool) -> bool:
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
-        raise fail("R204", where=f"config.json: {key}", why=f"{value!r} is neither true nor false", fix="Correct the value")
+        raise wrong(key, f"{value!r} is neither true nor false")
     return value
 
 
@@ -42,31 +42,47 @@ def rope(config: dict[str, Any], default_theta: float) -> tuple[float, dict[str,
     """(theta, scaling): transformers 5 writes `rope_parameters`, older files `rope_theta` and `rope_scaling`."""
     nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(nested, dict):
-        raise fail("R204", where="config.json: rope_parameters", why="it is no table of settings", fix="Correct the value")
+        raise wrong("rope_parameters", "it is no table of settings")
     theta = number(nested, "rope_theta", number(config, "rope_theta", default_theta))
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind not in ROPE_KINDS:
         known = ", ".join(ROPE_KINDS)
-        raise fail("R205", where="config.json: rope_type", why=f"{kind!r} is not supported; known: {known}", fix="Choose another teacher")
+        raise unsupported("rope_type", f"{kind!r} is not supported; known: {known}")
     if kind == "default":
         return theta, None
-    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    ramp = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    needed = {"linear": ("factor",), "llama3": ("factor", *ramp)}
     scaling: dict[str, Any] = {"rope_type": kind}
     for key in needed[kind]:
         if key not in nested:
-            raise fail("R204", where=f"config.json: rope {key}", why="the key is missing", fix="Copy it from the original config.json")
+            raise missing(f"rope {key}")
         scaling[key] = number(nested, key, 1.0)
     return theta, scaling
+
+
+def missing(key: str) -> RadladsError:
+    """A key that has to be there."""
+    return fail("R204", where=f"config.json: {key}", why="the key is missing", fix="Copy it from the original config.json")
+
+
+def wrong(key: str, why: str) -> RadladsError:
+    """A value that cannot be."""
+    return fail("R204", where=f"config.json: {key}", why=why, fix="Correct the value")
+
+
+def unsupported(key: str, why: str) -> RadladsError:
+    """A model that cannot be converted."""
+    return fail("R205", where=f"config.json: {key}", why=why, fix="Choose another teacher")
 
 
 def read_common(config: dict[str, Any], family: str, *, theta: float = 10000.0, head_dim: int | None = None) -> dict[str, Any]:
     """Fields of ModelSpec that have the same keys in every family."""
     if config.get("hidden_act", "silu") != "silu":
-        raise fail("R205", where="config.json: hidden_act", why=f"{config['hidden_act']!r} is not supported, only 'silu' is", fix="Choose another teacher")
+        raise unsupported("hidden_act", f"{config['hidden_act']!r} is not supported, only 'silu' is")
     if config.get("use_sliding_window"):
-        raise fail("R205", where="config.json: use_sliding_window", why="sliding-window attention is not supported", fix="Choose another teacher")
+        raise unsupported("use_sliding_window", "sliding-window attention is not supported")
     if config.get("quantization_config") or config.get("quantization"):
-        raise fail("R205", where="config.json", why="the weights are quantised and a float teacher is needed", fix="Use the unquantised model")
+        raise unsupported("quantization", "the weights are quantised and a float teacher is needed")
     hidden, heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
     rope_theta, rope_scaling = rope(config, theta)
     return {
@@ -115,5 +131,3 @@ def write_common(spec: ModelSpec) -> dict[str, Any]:
     if spec.rope_scaling:
         config["rope_scaling"] = dict(spec.rope_scaling)
     return config
-
-

@@ -12,7 +12,8 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 def read(config: dict[str, Any]) -> ModelSpec:
     """ModelSpec of a Qwen3 config."""
     bias = flag(config, "attention_bias", False)
-    return build_spec({**read_common(config, FAMILY, theta=1e6, head_dim=128), "qkv_bias": bias, "output_bias": bias, "qk_norm": True})
+    common = read_common(config, FAMILY, theta=1e6, head_dim=128)
+    return build_spec({**common, "qkv_bias": bias, "output_bias": bias, "qk_norm": True})
 
 
 def write(spec: ModelSpec) -> dict[str, Any]:

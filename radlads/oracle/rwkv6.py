@@ -17,7 +17,9 @@ def wkv6_oracle(q: Array, k: Array, v: Array, log_w: Array, state: Array, scale:
     return out, state
 
 
-def rwkv6_oracle(weights: Weights, spec: ModelSpec, x: Array, state: dict[str, Any], carry: dict[str, Array], start: int) -> Array:
+def rwkv6_oracle(
+    weights: Weights, spec: ModelSpec, x: Array, state: dict[str, Any], carry: dict[str, Array], start: int
+) -> Array:
     """x (T, D) to (T, D); `state` holds `wkv` (H, N, N) and `shift` (1, D)."""
     mixed = dict.fromkeys("rkvwg", x)
     if spec.mixer.token_shift:

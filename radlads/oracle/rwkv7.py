@@ -9,17 +9,23 @@ from radlads.oracle.parts import Array, Weights, gate, group_norm, heads, linear
 from radlads.spec import ModelSpec
 
 
-def wkv7_oracle(r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array, scale: float = 1.0) -> tuple[Array, Array]:
+def wkv7_oracle(
+    r: Array, log_w: Array, k: Array, v: Array, a: Array, b: Array, state: Array, scale: float = 1.0
+) -> tuple[Array, Array]:
     """7.6-7.7 with a = -kappa, b = beta: all (T, H, N), state (H, N value, N key); returns p and the last state."""
     out = np.empty_like(v)
     for t in range(len(r)):
         removed = np.einsum("hvk,hk->hv", state, a[t])
-        state = state * np.exp(log_w[t])[:, None, :] + removed[:, :, None] * b[t][:, None, :] + v[t][:, :, None] * k[t][:, None, :]
+        state = (
+            state * np.exp(log_w[t])[:, None, :] + removed[:, :, None] * b[t][:, None, :] + v[t][:, :, None] * k[t][:, None, :]
+        )
         out[t] = scale * np.einsum("hvk,hk->hv", state, r[t])
     return out, state
 
 
-def rwkv7_oracle(weights: Weights, spec: ModelSpec, x: Array, state: dict[str, Any], carry: dict[str, Array], start: int) -> Array:
+def rwkv7_oracle(
+    weights: Weights, spec: ModelSpec, x: Array, state: dict[str, Any], carry: dict[str, Array], start: int
+) -> Array:
     """x (T, D) to (T, D); `state` holds `wkv` (H, N, N), `carry` the first recurrent layer's values."""
     opts = spec.mixer
     r = project(weights, spec, "q_proj", x, rope=opts.rope, start=start)  # 7.1

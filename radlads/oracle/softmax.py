@@ -8,7 +8,9 @@ from radlads.oracle.parts import Array, Weights, heads, linear, project, repeat_
 from radlads.spec import ModelSpec
 
 
-def softmax_oracle(weights: Weights, spec: ModelSpec, x: Array, state: dict[str, Any], carry: dict[str, Array], start: int) -> Array:
+def softmax_oracle(
+    weights: Weights, spec: ModelSpec, x: Array, state: dict[str, Any], carry: dict[str, Array], start: int
+) -> Array:
     """x (T, D) to (T, D); keys and values of earlier calls are kept in `state`."""
     q = project(weights, spec, "q_proj", x, rope=True, start=start)
     k = project(weights, spec, "k_proj", x, rope=True, start=start)

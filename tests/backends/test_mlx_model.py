@@ -1,5 +1,6 @@
 """The MLX model against the float64 oracle, its caches and padding, its folder, its engine, and stock mlx-lm."""
 
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from io import StringIO
@@ -20,7 +21,7 @@ from radlads.folder import open_folder, save_folder
 from radlads.oracle import oracle_logits
 from radlads.spec import ModelSpec
 from radlads.tensors import encode
-from radlads.weights_tools.standalone import CONFIG_KEYS, join_module
+from radlads.weights_tools.standalone import model_files
 from radlads.weights_tools.surgery import make_student
 from tests.models import tiny_teacher
 
@@ -223,8 +224,7 @@ def student(request, teacher, tmp_path_factory):
     first = make_student(teacher, path / "first", arch=request.param, keep_softmax=(1,), options={})
     rng = np.random.default_rng(4)
     moved = ((name, "F32", encode(random_tensor(name, row.shape, rng), "F32")) for name, row in first.spec.tensors().items())
-    files = {"radlads_mlx.py": join_module("radlads.backends.mlx.model").encode()}
-    extra = {"model_file": CONFIG_KEYS["model_file"]}
+    files, extra = model_files(first.spec)
     return save_folder(
         path / "moved", spec=first.spec, tensors=moved, source=first, dtype="F32", manifest={"stage": 0},
         extra_files=files, config_extra=extra,
@@ -232,20 +232,19 @@ def student(request, teacher, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stock(student):
-    """Model and tokenizer as stock mlx-lm loads them."""
-    return mlx_lm.load(str(student.path), trust_remote_code=True, tokenizer_config={"trust_remote_code": True})
+def stock(student, tmp_path_factory):
+    """Model and tokenizer as stock mlx-lm loads them; transformers copies the folder's code to a place of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+        patch.setattr("sys.path", list(sys.path))
+        return mlx_lm.load(str(student.path), trust_remote_code=True, tokenizer_config={"trust_remote_code": True})
 
 
 def test_shipped_file_is_bit_equal_to_the_package(student, stock):
     tokens = mx.array(np.random.default_rng(0).integers(0, 300, (2, 45)))
     assert type(stock[0]).__module__ == "custom_model"
     assert mx.array_equal(stock[0](tokens), load_model(student)(tokens))
-
-
-def test_stock_loading_asks_nothing(student, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
-    mlx_lm.load(str(student.path), trust_remote_code=True, tokenizer_config={"trust_remote_code": True})
 
 
 def test_stock_generation_equals_the_engine(student, stock):

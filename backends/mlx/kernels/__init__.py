@@ -46,7 +46,7 @@ def stack_chunks(x: mx.array, cotangents: list[mx.array], parts: list[mx.array])
 
 
 def floored(log_w: mx.array, min_log_w: float | None) -> mx.array:
-    """log_w, which without a bound may be anything below zero, kept above the floor; the gradient passes at the floor itself."""
+    """log_w with what lies below the floor raised to it, unless the bound rules that out; at the floor the gradient passes."""
     return mx.where(log_w < FLOOR, FLOOR, log_w) if min_log_w is None or min_log_w < FLOOR else log_w
 
 

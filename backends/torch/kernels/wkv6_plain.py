@@ -3,6 +3,8 @@
 Within a chunk the decay between two tokens is split at the middle of the chunk, so no factor leaves float32's range.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -96,11 +98,13 @@ def wkv6_plain(
     return plain_unchunk(out, T).to(dtype), state
 
 
-def plain_packed(op: object, inputs: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def plain_packed(
+    op: object, inputs: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
     """Run `op` on each of the sequences packed along T and join the outputs and the states."""
     bounds = cu_seqlens.tolist()
     outs, states = [], []
-    for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for row, (start, stop) in enumerate(pairwise(bounds)):
         first = None if state is None else state[row : row + 1]
         out, last = op(*(x[:, start:stop] for x in inputs), first, **options)  # type: ignore[operator]
         outs.append(out)

@@ -12,6 +12,18 @@ from radlads.spec import ModelSpec
 class Rwkv6Mixer(Projections):
     """Token shift, vector decay, output gate."""
 
+    time_maa_x: Tensor
+    time_maa_r: Tensor
+    time_maa_k: Tensor
+    time_maa_v: Tensor
+    time_maa_w: Tensor
+    time_maa_g: Tensor
+    time_maa_w1: Tensor
+    time_maa_w2: Tensor
+    time_decay: Tensor
+    time_decay_w1: Tensor
+    time_decay_w2: Tensor
+
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__(spec)
         D, C, ranks = spec.D, spec.C, spec.ranks

@@ -17,6 +17,18 @@ RWKV7_MIN_LOG_W = -math.exp(-0.5)
 class Rwkv7Mixer(Projections):
     """Generalised delta rule with value residual; variants A, B and C."""
 
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+    a0: Tensor
+    a1: Tensor
+    a2: Tensor
+    v0: Tensor
+    v1: Tensor
+    v2: Tensor
+    k_k: Tensor
+    k_a: Tensor
+
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__(spec)
         D, C, ranks = spec.D, spec.C, spec.ranks

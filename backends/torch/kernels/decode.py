@@ -1,0 +1,97 @@
+"""One token of both recurrences for generation: the state is updated in place, in the slots of a batch.
+
+Each program owns a few value rows of one head, so a state is read once and written once.
+"""
+import torch
+from torch import Tensor
+
+from radlads.backends.torch.kernels.lang import HAS_TRITON, tl, triton
+
+
+def wkv6_step(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor, *, scale: float,
+              slots: Tensor | None = None) -> Tensor:
+    """S = S diag(exp(log_w)) + v k^T in place; returns scale * S q.
+
+    q, log_w: (B, H, N); k, v: (B, Hkv, N) with H % Hkv == 0. state: float32 (slots, H, N, N), rows are value channels,
+    contiguous. slots: int (B,), the state of each row, each at most once; None is row i in slot i. Returns (B, H, N) in v's
+    dtype. No gradients.
+    """
+    k, v = step_repeat(k, q.shape[1]), step_repeat(v, q.shape[1])
+    return wkv_step_op(q, log_w, k, v, None, None, state, slots, scale)
+
+
+def wkv7_step(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, *, scale: float = 1.0,
+              slots: Tensor | None = None) -> Tensor:
+    """S = S (diag(exp(log_w)) + a b^T) + v k^T in place; returns scale * S r. Shapes as in wkv6_step."""
+    return wkv_step_op(r, log_w, k, step_repeat(v, r.shape[1]), a, b, state, slots, scale)
+
+
+def step_repeat(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+@torch.library.custom_op("radlads::wkv_step", mutates_args={"state"})
+def wkv_step_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, state: Tensor,
+                slots: Tensor | None, scale: float) -> Tensor:
+    """The step of either recurrence; a and b are None for the one without removal."""
+    B, H, N = r.shape
+    if state.dtype != torch.float32 or not state.is_contiguous() or state.shape[1:] != (H, N, N):
+        raise ValueError(f"state must be contiguous float32 (slots, {H}, {N}, {N}), got {state.dtype} {tuple(state.shape)}")
+    if not (HAS_TRITON and r.is_cuda):
+        return wkv_step_plain(r, log_w, k, v, a, b, state, slots, scale)
+    out = torch.empty_like(v)
+    inputs = [None if x is None else x.contiguous() for x in (r, log_w, k, v, a, b)]
+    # Few rows a program at small batches: the card is filled by programs, not by the width of one.
+    rows = 4 if B * H < 256 else 16
+    wkv_step_kernel[(triton.cdiv(N, rows), H, B)](
+        *inputs, state, slots, out, H, scale, N=N, BK=triton.next_power_of_2(N), BV=rows, REMOVE=a is not None,
+        HAS_SLOTS=slots is not None, num_warps=1 if rows == 4 else 4)
+    return out
+
+
+@wkv_step_op.register_fake
+def wkv_step_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, state: Tensor,
+                  slots: Tensor | None, scale: float) -> Tensor:
+    return torch.empty_like(v)
+
+
+def wkv_step_plain(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, state: Tensor,
+                   slots: Tensor | None, scale: float) -> Tensor:
+    r, log_w, k, value = (x.float() for x in (r, log_w, k, v))
+    old = state[: r.shape[0]] if slots is None else state[slots.long()]
+    new = old * log_w.exp()[:, :, None] + value[..., None] * k[:, :, None]
+    if a is not None and b is not None:
+        new += (old @ a.float()[..., None]) * b.float()[:, :, None]
+    if slots is None:
+        old.copy_(new)
+    else:
+        state[slots.long()] = new
+    return (scale * (new @ r[..., None])[..., 0]).to(v.dtype)
+
+
+@triton.jit
+def wkv_step_kernel(r, log_w, k, v, a, b, state, slots, out, H, scale, N: tl.constexpr, BK: tl.constexpr,
+                    BV: tl.constexpr, REMOVE: tl.constexpr, HAS_SLOTS: tl.constexpr):
+    val = tl.program_id(0) * BV + tl.arange(0, BV)
+    h = tl.program_id(1)
+    item = tl.program_id(2)
+    slot = item
+    if HAS_SLOTS:
+        slot = tl.load(slots + item)
+    col = tl.arange(0, BK)
+    inside = (val[:, None] < N) & (col[None, :] < N)
+    here = (item * H + h) * N
+    cell = state + (tl.cast(slot, tl.int64) * H + h) * N * N + val[:, None] * N + col[None, :]
+    old = tl.load(cell, mask=inside, other=0.0)
+    decay = tl.exp(tl.load(log_w + here + col, mask=col < N, other=0.0).to(tl.float32))
+    kk = tl.load(k + here + col, mask=col < N, other=0.0).to(tl.float32)
+    vv = tl.load(v + here + val, mask=val < N, other=0.0).to(tl.float32)
+    new = old * decay[None, :] + vv[:, None] * kk[None, :]
+    if REMOVE:
+        aa = tl.load(a + here + col, mask=col < N, other=0.0).to(tl.float32)
+        bb = tl.load(b + here + col, mask=col < N, other=0.0).to(tl.float32)
+        new += tl.sum(old * aa[None, :], 1)[:, None] * bb[None, :]
+    tl.store(cell, new, mask=inside)
+    rr = tl.load(r + here + col, mask=col < N, other=0.0).to(tl.float32)
+    o = tl.sum(new * rr[None, :], 1) * scale
+    tl.store(out + here + val, o.to(out.dtype.element_ty), mask=val < N)

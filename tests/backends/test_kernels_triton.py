@@ -1,0 +1,228 @@
+"""The Triton kernels: numerics under Triton's interpreter, ahead-of-time compilation, and a check on a GPU where there is one.
+
+The interpreter and the compiler each need a fresh process (the choice is made when triton is imported), so this file is also
+the program those processes run: `python -m tests.backends.test_kernels_triton interpret|compile NAME`.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from radlads.backends.torch.kernels import decode
+from radlads.backends.torch.kernels import wkv6 as wkv6_module
+from radlads.backends.torch.kernels import wkv6_triton, wkv7_triton
+from radlads.backends.torch.kernels import wkv7 as wkv7_module
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOAT32_BAR, BFLOAT16_BAR = 1e-5, 5e-3
+
+# name: recurrence, (B, T, H, N), value heads, lowest log-decay, bound told to the op, packed offsets, initial state
+CASES = {
+    "rwkv7-bounded": (7, (1, 40, 1, 32), 1, 0.6, -0.6065, None, True),
+    "rwkv7-any-decay": (7, (1, 33, 2, 32), 1, 20.0, None, None, True),
+    "rwkv7-packed": (7, (1, 40, 1, 32), 1, 0.6, -0.6065, [0, 1, 34, 40], False),
+    "rwkv7-two-blocks": (7, (1, 5, 1, 96), 1, 0.6, -0.6065, None, True),
+    "rwkv6": (6, (1, 40, 1, 32), 1, 20.0, None, None, True),
+    "rwkv6-packed": (6, (1, 40, 2, 32), 1, 5.0, None, [0, 1, 34, 40], True),
+    "rwkv6-two-blocks": (6, (1, 5, 1, 96), 1, 20.0, None, None, False),
+}
+# name: kernel, shared-memory limit is the target's; each is compiled for every target at head size 128, bfloat16
+KERNELS = {
+    "wkv7_solve": wkv7_triton.wkv7_solve_kernel, "wkv7_scan": wkv7_triton.wkv7_scan_kernel,
+    "wkv7_reverse": wkv7_triton.wkv7_reverse_kernel, "wkv7_grad": wkv7_triton.wkv7_grad_kernel,
+    "wkv6_intra": wkv6_triton.wkv6_intra_kernel, "wkv6_scan": wkv6_triton.wkv6_scan_kernel,
+    "wkv6_reverse": wkv6_triton.wkv6_reverse_kernel, "wkv6_grad": wkv6_triton.wkv6_grad_kernel,
+    "wkv_step": decode.wkv_step_kernel,
+}
+TARGETS = {"sm_80": (("cuda", 80, 32), 163 * 1024), "sm_90": (("cuda", 90, 32), 227 * 1024),
+           "gfx942": (("hip", "gfx942", 64), 64 * 1024)}
+
+
+def recurrence(inputs: list[Tensor], state: Tensor, scale: float, rwkv7: bool) -> tuple[Tensor, Tensor]:
+    """The equations of the docstrings, token by token; inputs are r, log_w, k, v[, a, b]."""
+    r, log_w, k, v, *removal = inputs
+    v, k = (x.repeat_interleave(r.shape[2] // x.shape[2], 2) for x in (v, k))
+    out = []
+    for t in range(r.shape[1]):
+        removed = 0
+        if rwkv7:
+            a, b = removal
+            removed = (state @ a[:, t, :, :, None]) * b[:, t, :, None]
+        state = state * log_w[:, t].exp()[:, :, None] + removed + v[:, t, :, :, None] * k[:, t, :, None]
+        out.append(scale * (state @ r[:, t, :, :, None])[..., 0])
+    return torch.stack(out, 1), state
+
+
+def packed_recurrence(inputs: list[Tensor], state: Tensor, scale: float, rwkv7: bool, offsets: list[int] | None
+                      ) -> tuple[Tensor, Tensor]:
+    if offsets is None:
+        return recurrence(inputs, state, scale, rwkv7)
+    parts = [recurrence([x[:, i:j] for x in inputs], state[n:n + 1], scale, rwkv7)
+             for n, (i, j) in enumerate(zip(offsets[:-1], offsets[1:]))]
+    return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])
+
+
+def draw(rwkv7: bool, shape: tuple[int, int, int, int], value_heads: int, lowest: float, dtype: torch.dtype, device: str
+         ) -> list[Tensor]:
+    B, T, H, N = shape
+    heads = H if rwkv7 else value_heads
+    r, k, v = (torch.randn(B, T, n, N) for n in (H, heads, value_heads))
+    inputs = [r, -lowest * torch.rand(shape).square(), k, v]
+    if rwkv7:
+        kappa = torch.nn.functional.normalize(torch.randn(shape), dim=-1)
+        inputs += [-kappa, kappa * torch.rand(shape)]
+    return [x.to(device, dtype) for x in inputs]
+
+
+def call(rwkv7: bool, inputs: list[Tensor], state: Tensor | None, scale: float, bound: float | None, offsets: list[int] | None
+         ) -> tuple[Tensor, Tensor]:
+    packed = None if offsets is None else torch.tensor(offsets, device=inputs[0].device)
+    if rwkv7:
+        return wkv7_module.wkv7(*inputs, state, scale=scale, min_log_w=bound, cu_seqlens=packed)
+    q, log_w, k, v = inputs
+    return wkv6_module.wkv6(q, k, v, log_w, state, scale=scale, cu_seqlens=packed)
+
+
+def errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
+    """Relative RMS errors of output, final state and every gradient against a float64 recurrence."""
+    number, shape, value_heads, lowest, bound, offsets, has_state = CASES[name]
+    torch.manual_seed(0)
+    rwkv7 = number == 7
+    inputs = draw(rwkv7, shape, value_heads, lowest, dtype, device)
+    rows = shape[0] if offsets is None else len(offsets) - 1
+    state = torch.randn(rows, shape[2], shape[3], shape[3], device=device) * has_state
+    tensors = [*inputs, state] if has_state else inputs
+    exact = [x.double().requires_grad_() for x in tensors]
+    ours = [x.clone().requires_grad_() for x in tensors]
+    n = len(inputs)
+    want = packed_recurrence(exact[:n], exact[n] if has_state else state.double(), 0.5, rwkv7, offsets)
+    got = call(rwkv7, ours[:n], ours[n] if has_state else None, 0.5, bound, offsets)
+    grads = [torch.randn_like(x) for x in got]
+    torch.autograd.backward(got, grads)
+    torch.autograd.backward(want, [g.double() for g in grads])
+    pairs = [*zip(got, want), *((x.grad, y.grad) for x, y in zip(ours, exact))]
+    return [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+
+
+def interpret(name: str) -> None:
+    # Under the interpreter the kernels run on CPU tensors.
+    wkv6_module.wkv6_has_kernel = wkv7_module.wkv7_has_kernel = lambda x: True
+    print(json.dumps(errors(name, torch.float32, "cpu")))
+
+
+def compile_kernel(name: str) -> None:
+    """Compiles one kernel for every target and prints {target: {"shared": bytes, "stack": bytes or None}}."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kernel = KERNELS[name]
+    report = {}
+    for target_name, (target, _) in TARGETS.items():
+        exact = "tf32x3" if target[0] == "cuda" else "ieee"
+        rwkv7 = name.startswith("wkv7")
+        constants = dict(N=128, BN=128, BK=128 if name == "wkv_step" else 64,
+                         BV={"wkv_step": 16, "wkv6_grad": 128, "wkv7_grad": 128}.get(name, 64), C=64,
+                         DIAG=64 if rwkv7 else 8, LEVELS=1 if rwkv7 else 4, CLAMP=0.60653 if rwkv7 else 16.0,
+                         DOT=tl.bfloat16, PREC="tf32" if target[0] == "cuda" else "ieee", GATE_PREC=exact,
+                         SOLVE_PREC="tf32" if target[0] == "cuda" else "ieee", SOLVE_LEVELS=6, INLINE=True, VARLEN=False,
+                         HAS_STATE=False, NEED_STATE=False, SAVE=True, REMOVE=True, HAS_SLOTS=False,
+                         cu_seqlens=None, chunk_seq=None, chunk_start=None, state_in=None, d_state_out=None, slots=None)
+        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+        signature = {}
+        for arg in kernel.arg_names:
+            if arg in constants:
+                signature[arg] = "constexpr"
+            elif arg in ("T", "NT", "H", "HV", "HK"):
+                signature[arg] = "i32"
+            elif arg == "scale":
+                signature[arg] = "fp32"
+            else:
+                signature[arg] = "*fp32" if arg in ("state", "state_out", "d_state_in") else "*bf16"
+        aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*"}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+        built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": 4, "num_stages": 1})
+        report[target_name] = {"shared": built.metadata.shared, "stack": stack_bytes(built.asm.get("cubin"))}
+    print(json.dumps(report))
+
+
+def stack_bytes(cubin: bytes | None) -> int | None:
+    """Spilled bytes per thread, by the disassembler that ships with triton."""
+    import triton
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if cubin is None or not tool.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(usage.split("STACK:")[1].split()[0])
+
+
+def child(*words: str, **env: str) -> object:
+    pytest.importorskip("triton")
+    run = subprocess.run([sys.executable, "-m", "tests.backends.test_kernels_triton", *words], cwd=ROOT, text=True,
+                         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreter_matches_float64(name: str) -> None:
+    found = child("interpret", name, TRITON_INTERPRET="1")
+    assert max(found) < FLOAT32_BAR, found
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_for_every_target(name: str, record_property: pytest.FixtureRequest) -> None:
+    report = child("compile", name, TRITON_INTERPRET="0")
+    record_property("resources", json.dumps(report))
+    for target, (_, shared_limit) in TARGETS.items():
+        assert report[target]["shared"] <= shared_limit, (target, report[target])
+
+
+@pytest.mark.parametrize("rwkv7", [False, True])
+@pytest.mark.parametrize("slots", [None, [2, 0]])
+def test_step_equals_the_recurrence(rwkv7: bool, slots: list[int] | None) -> None:
+    torch.manual_seed(0)
+    inputs = draw(rwkv7, (2, 1, 2, 16), 1, 1.0, torch.float32, "cpu")
+    states = torch.randn(3, 2, 16, 16)
+    rows = [0, 1] if slots is None else slots
+    want, want_state = recurrence([x.double() for x in inputs], states[rows].double(), 0.5, rwkv7)
+    r, log_w, k, v, *removal = (x[:, 0] for x in inputs)
+    index = None if slots is None else torch.tensor(slots)
+    if rwkv7:
+        got = decode.wkv7_step(r, log_w, k, v, *removal, states, scale=0.5, slots=index)
+    else:
+        got = decode.wkv6_step(r, k, v, log_w, states, scale=0.5, slots=index)
+    torch.testing.assert_close(got.double(), want[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states[rows].double(), want_state, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(2, 3, 2, 32)
+    with pytest.raises(ValueError, match="one shape"):
+        wkv7_module.wkv7(x, x[:, :2], x, x, x, x)
+    with pytest.raises(ValueError, match="batch of 1"):
+        wkv6_module.wkv6(x, x, x, x, scale=1.0, cu_seqlens=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="state must be"):
+        wkv6_module.wkv6(x, x, x, x, torch.zeros(1, 2, 32, 32), scale=1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bfloat16 arithmetic is wrong in Triton's interpreter")
+@pytest.mark.parametrize("dtype,bar", [(torch.float32, FLOAT32_BAR), (torch.bfloat16, BFLOAT16_BAR)])
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_matches_float64(name: str, dtype: torch.dtype, bar: float) -> None:
+    found = errors(name, dtype, "cuda")
+    assert max(found) < bar, found
+    assert found == errors(name, dtype, "cuda")
+
+
+if __name__ == "__main__":
+    {"interpret": interpret, "compile": compile_kernel}[sys.argv[1]](sys.argv[2])
