@@ -98,7 +98,8 @@ def read_source(name: str) -> Source:
         if before in removed and before.end_lineno == after.lineno:
             raise ValueError(f"{name}:{after.lineno}: two statements on a line")
     for node in removed:
-        lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+        last = node.end_lineno or node.lineno
+        lines[node.lineno - 1 : last] = [""] * (last - node.lineno + 1)
     source.body = "\n".join(lines).strip("\n")
     return source
 
@@ -119,7 +120,7 @@ def take_import(source: Source, node: ast.Import | ast.ImportFrom) -> None:
     if isinstance(node, ast.ImportFrom) and (node.level or node.module == "__future__"):
         raise ValueError(f"{place}: relative import or __future__")
     for alias in node.names:
-        module = node.module if isinstance(node, ast.ImportFrom) else alias.name
+        module = (node.module or "") if isinstance(node, ast.ImportFrom) else alias.name
         if alias.name == "*":
             raise ValueError(f"{place}: import of *")
         if is_ours(module):
@@ -150,7 +151,8 @@ def check_names(sources: dict[str, Source]) -> None:
 def import_block(lifted: set[str]) -> str:
     """Import lines merged by module and sorted, the standard library first."""
     names: dict[str, set[str]] = {}
-    standard, others = [], []
+    standard: list[str] = []
+    others: list[str] = []
     for line in sorted(lifted):
         if line.startswith("import "):
             (standard if is_standard(line.split()[1]) else others).append(line)

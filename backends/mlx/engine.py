@@ -53,7 +53,7 @@ class MlxEngine:
 
     def _step(self, state: MlxState, tokens: Sequence[int]) -> tuple[mx.array, MlxState]:
         caches = self._caches(state)
-        hidden = self.model.model(mx.array(tokens)[None], caches)[0, -1]  # (D,)
+        hidden = self.model.model(mx.array(list(tokens))[None], caches)[0, -1]  # (D,)
         state = MlxState(state.position + len(tokens), tuple(_taken(cache) for cache in caches))
         mx.eval(hidden, state.layers)
         if len(tokens) > 1:

@@ -8,15 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radlads.backends.torch.kernels import decode
+from radlads.backends.torch.kernels import decode, wkv6_triton, wkv7_triton
 from radlads.backends.torch.kernels import wkv6 as wkv6_module
-from radlads.backends.torch.kernels import wkv6_triton, wkv7_triton
 from radlads.backends.torch.kernels import wkv7 as wkv7_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,7 @@ def packed_recurrence(inputs: list[Tensor], state: Tensor, scale: float, rwkv7: 
     if offsets is None:
         return recurrence(inputs, state, scale, rwkv7)
     parts = [recurrence([x[:, i:j] for x in inputs], state[n:n + 1], scale, rwkv7)
-             for n, (i, j) in enumerate(zip(offsets[:-1], offsets[1:]))]
+             for n, (i, j) in enumerate(pairwise(offsets))]
     return torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts])
 
 
@@ -106,7 +107,7 @@ def errors(name: str, dtype: torch.dtype, device: str) -> list[float]:
     grads = [torch.randn_like(x) for x in got]
     torch.autograd.backward(got, grads)
     torch.autograd.backward(want, [g.double() for g in grads])
-    pairs = [*zip(got, want), *((x.grad, y.grad) for x, y in zip(ours, exact))]
+    pairs = [*zip(got, want, strict=True), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))]
     return [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
 
 
@@ -213,6 +214,20 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         wkv6_module.wkv6(x, x, x, x, scale=1.0, cu_seqlens=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="state must be"):
         wkv6_module.wkv6(x, x, x, x, torch.zeros(1, 2, 32, 32), scale=1.0)
+
+
+@pytest.mark.parametrize("rwkv7", [False, True])
+def test_traced_shapes_and_gradients(rwkv7: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake registrations that torch.compile uses: right shapes forward and backward, without a launch."""
+    monkeypatch.setattr(wkv6_module, "wkv6_has_kernel", lambda x: True)
+    monkeypatch.setattr(wkv7_module, "wkv7_has_kernel", lambda x: True)
+    with FakeTensorMode():
+        inputs = [x.requires_grad_() for x in draw(rwkv7, (2, 70, 4, 64), 2, 0.6, torch.bfloat16, "cpu")]
+        state = torch.zeros(2, 4, 64, 64, requires_grad=True)
+        out, final = call(rwkv7, inputs, state, 1.0, None, None)
+        grads = torch.autograd.grad(out.float().sum() + final.sum(), [*inputs, state])
+    assert out.shape == inputs[0].shape and out.dtype == torch.bfloat16 and final.shape == state.shape
+    assert [g.shape for g in grads] == [x.shape for x in [*inputs, state]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bfloat16 arithmetic is wrong in Triton's interpreter")

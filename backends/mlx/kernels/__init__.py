@@ -1,5 +1,7 @@
 """What the chunk-parallel recurrences share: the chunk size, cutting time into chunks, decays inside a chunk."""
 
+from typing import cast
+
 import mlx.core as mx
 
 # exp(-20) = 2e-9 is below float32's resolution beside the token that a state has just taken in.
@@ -33,15 +35,20 @@ def join_chunks(x: mx.array, length: int, dtype: mx.Dtype) -> mx.array:
     return x.transpose(0, 2, 3, 1, 4).reshape(B, -1, H, N)[:, :length].astype(dtype)
 
 
-@mx.custom_function
 def each_chunk(x: mx.array) -> list[mx.array]:
     """The parts (B, H, ...) of x (B, H, chunks, ...)."""
+    return cast(list[mx.array], cut_chunks(x))
+
+
+@mx.custom_function
+def cut_chunks(x: mx.array) -> list[mx.array]:
+    """`each_chunk` with a gradient of one stack: MLX's own gradient of a split costs the square of the number of parts."""
     return [part.squeeze(2) for part in mx.split(x, x.shape[2], axis=2)]
 
 
-@each_chunk.vjp
+@cut_chunks.vjp
 def stack_chunks(x: mx.array, cotangents: list[mx.array], parts: list[mx.array]) -> mx.array:
-    """Gradient of `each_chunk`: one stack, where MLX's own gradient of a split costs the square of the number of parts."""
+    """The gradient of `cut_chunks`."""
     return mx.stack(cotangents, axis=2)
 
 

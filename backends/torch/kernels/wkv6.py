@@ -17,7 +17,7 @@ from radlads.backends.torch.kernels.wkv6_triton import (
 
 WKV6_HEAD_SIZES = (32, 64, 96, 128)
 
-# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128, measured on an H100.
+# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128.
 WKV6_LAUNCH = {
     "intra": ((4, 1), (4, 1)),
     "scan": ((4, 1), (4, 1)),
@@ -83,7 +83,8 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
         "common": {"N": N, "BK": 64, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **chunk_precision(q.dtype, q.device)},
         "tile": 64,
-        "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV6_LAUNCH.items()},
+        "launch": {
+            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True)) for name, choice in WKV6_LAUNCH.items()},
     }
 
 

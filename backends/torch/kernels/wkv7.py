@@ -17,7 +17,7 @@ from radlads.backends.torch.kernels.wkv7_triton import (
 
 WKV7_HEAD_SIZES = (32, 64, 96, 128)
 
-# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128, measured on an H100.
+# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128.
 WKV7_LAUNCH = {
     "solve": ((4, 1), (4, 1)),
     "scan": ((4, 1), (4, 1)),
@@ -91,7 +91,8 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
         "common": {"N": N, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **precision},
         "tile": 64,
-        "launch": {name: dict(zip(("num_warps", "num_stages"), choice[wide])) for name, choice in WKV7_LAUNCH.items()},
+        "launch": {
+            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True)) for name, choice in WKV7_LAUNCH.items()},
     }
 
 

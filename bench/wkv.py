@@ -1,0 +1,177 @@
+"""Times the WKV training kernels on one GPU against the byte floor and, where importable, flash-linear-attention.
+
+Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers] [--profile] [--float32-gates] [--unbounded]
+Prints one row per op and shape, last. Floor: each bf16 input read once and each output written once, at the bandwidth of a
+large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
+"""
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from radlads.backends.torch.kernels.wkv6 import wkv6
+from radlads.backends.torch.kernels.wkv7 import wkv7
+
+BOUND = -0.6065306597126334
+SHAPES = "32x512x28x128,4x4096x28x128,1x16384x28x128"
+# Compulsory tensors of forward and of forward+backward: inputs and outputs, then also d(out) and the gradients.
+TENSORS = {"rwkv7": (7, 20), "rwkv6": (5, 14)}
+NAMES = {"rwkv7": ("r", "log_w", "k", "v", "a", "b"), "rwkv6": ("q", "k", "v", "log_w")}
+
+
+def draw(op: str, B: int, T: int, H: int, N: int, gates: torch.dtype) -> list[Tensor]:
+    def normal() -> Tensor:
+        return torch.randn(B, T, H, N, device="cuda")
+    if op == "rwkv6":
+        inputs = [normal(), normal(), normal(), torch.nn.functional.logsigmoid(normal())]
+    else:
+        kappa = torch.nn.functional.normalize(normal(), dim=-1)
+        inputs = [normal(), BOUND * normal().sigmoid(), normal(), normal(), -kappa, kappa * normal().sigmoid()]
+    gate = NAMES[op].index("log_w")
+    return [x.to(gates if i == gate else torch.bfloat16).requires_grad_() for i, x in enumerate(inputs)]
+
+
+def ours(op: str, bound: float | None) -> Callable[..., Tensor]:
+    if op == "rwkv6":
+        return lambda q, k, v, w: wkv6(q, k, v, w, scale=q.shape[-1] ** -0.5)[0]
+    return lambda *inputs: wkv7(*inputs, min_log_w=bound)[0]
+
+
+def peers(op: str) -> dict[str, Callable[..., Tensor]]:
+    if op == "rwkv6":
+        from fla.ops.gla import chunk_gla
+        return {"chunk_gla": lambda q, k, v, w: chunk_gla(q, k, v, w)[0]}
+    from fla.ops.rwkv7 import chunk_rwkv7
+    return {f"chunk_rwkv7 c{size}": lambda *x, size=size: chunk_rwkv7(
+        *x, safe_gate=True, lower_bound=BOUND, chunk_size=size)[0] for size in (32, 64)}
+
+
+def exact(op: str, inputs: list[Tensor]) -> Tensor:
+    named = dict(zip(NAMES[op], inputs, strict=True))
+    query, k, v, log_w = named.get("r", named.get("q")), named["k"], named["v"], named["log_w"]
+    B, T, H, N = query.shape
+    state = torch.zeros(B, H, N, N, dtype=query.dtype, device=query.device)
+    out = []
+    for t in range(T):
+        removed = 0
+        if op == "rwkv7":
+            removed = (state @ named["a"][:, t, :, :, None]) * named["b"][:, t, :, None]
+        state = state * log_w[:, t].exp()[:, :, None] + removed + v[:, t, :, :, None] * k[:, t, :, None]
+        out.append((state @ query[:, t, :, :, None])[..., 0])
+    return torch.stack(out, 1) * (1.0 if op == "rwkv7" else N ** -0.5)
+
+
+def errors(op: str, fn: Callable[..., Tensor], inputs: list[Tensor]) -> str:
+    part = [x.detach()[:1, :256, :2].contiguous() for x in inputs]
+    want = [x.double().requires_grad_() for x in part]
+    got = [x.clone().requires_grad_() for x in part]
+    right, found = exact(op, want), fn(*got)
+    seed = torch.randn_like(found)
+    right.backward(seed.double())
+    found.backward(seed)
+    pairs = [(found, right), *((x.grad, y.grad) for x, y in zip(got, want, strict=True))]
+    values = [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+    return " ".join(f"{name} {value:.1e}" for name, value in zip(("out", *NAMES[op]), values, strict=True))
+
+
+def milliseconds(fn: Callable[[], object], flush: Tensor, repeats: int = 15) -> float:
+    """Median by device events; the L2 cache is overwritten before each call."""
+    for _ in range(3):
+        fn()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth(flush: Tensor) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.randn(2 ** 29, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source), flush) * 1e3
+
+
+def profile(fn: Callable[[], object]) -> str:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as trace:
+        for _ in range(5):
+            fn()
+        torch.cuda.synchronize()
+    rows = sorted(((e.self_device_time_total / 5e3, e.key) for e in trace.key_averages()), reverse=True)
+    return "  ".join(f"{key.removesuffix('_kernel')[:40]} {ms:.3f}" for ms, key in rows[:9])
+
+
+def measure(name: str, op: str, fn: Callable[..., Tensor], inputs: list[Tensor], bandwidth: float, flush: Tensor,
+            profiled: bool) -> tuple[float, float, str]:
+    seed = torch.randn_like(inputs[0])
+
+    def both() -> None:
+        torch.autograd.grad(fn(*inputs), inputs, seed)
+
+    def forward() -> None:
+        with torch.no_grad():
+            fn(*inputs)
+
+    both()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - held) / 2 ** 30
+    times = milliseconds(forward, flush), milliseconds(both, flush)
+    floors = [n * 2 * inputs[0].numel() / bandwidth * 1e3 for n in TENSORS[op]]
+    if profiled:
+        print(f"  {name}: {profile(both)}", flush=True)
+    shape = "x".join(map(str, inputs[0].shape))
+    row = f"{name:28s} {shape:16s} {times[0]:7.3f} {times[1]:8.3f} {floors[0]:6.3f} {floors[1]:6.3f} " \
+          f"{100 * floors[0] / times[0]:5.1f} {100 * floors[1] / times[1]:5.1f} {peak:6.2f}"
+    return *times, row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=SHAPES, help="BxTxHxN, comma-separated")
+    parser.add_argument("--ops", default="rwkv7,rwkv6")
+    parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention (tunes for minutes when cold)")
+    parser.add_argument("--profile", action="store_true", help="also print milliseconds per kernel")
+    parser.add_argument("--float32-gates", action="store_true")
+    parser.add_argument("--unbounded", action="store_true", help="RWKV-7 without the decay bound")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench/wkv.py needs an NVIDIA or AMD GPU")
+    torch.manual_seed(0)
+    flush = torch.empty(2 ** 26, device="cuda")
+    bandwidth = copy_bandwidth(flush)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    gates = torch.float32 if options.float32_gates else torch.bfloat16
+    rows, accuracy = [], []
+    for op in options.ops.split(","):
+        fn = ours(op, None if options.unbounded else BOUND)
+        for shape in options.shapes.split(","):
+            inputs = draw(op, *map(int, shape.split("x")), gates)
+            if not any(line.startswith(op) for line in accuracy):
+                accuracy.append(f"{op} errors: {errors(op, fn, inputs)}")
+            forward, both, row = measure(f"radlads {op}", op, fn, inputs, bandwidth, flush, options.profile)
+            rows.append(row)
+            for name, peer in (peers(op) if options.peers else {}).items():
+                peer_forward, peer_both, row = measure(name, op, peer, inputs, bandwidth, flush, options.profile)
+                rows.append(f"{row} {peer_forward / forward:6.2f} {peer_both / both:6.2f}")
+            print(rows[-1], flush=True)
+    print(*accuracy, sep="\n")
+    print(f"{'op':28s} {'BxTxHxN':16s} {'fwd ms':>7s} {'f+b ms':>8s} {'floors ms':>13s} {'% of floor':>11s} {'GiB':>6s} "
+          "peer/ours fwd, f+b")
+    print(*rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

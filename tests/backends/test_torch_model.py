@@ -1,0 +1,156 @@
+"""The torch model against the float64 oracle and against stock transformers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from radlads.backends.torch.load import load_model
+from radlads.backends.torch.model import Model
+from radlads.folder import open_folder
+from radlads.oracle import OracleState, oracle_logits
+from radlads.spec import ModelSpec
+from tests.models import tiny_spec, tiny_teacher
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32.0,
+}
+QWEN3, QWEN2 = tiny_spec("qwen3", tie_embeddings=True), tiny_spec("qwen2")
+LLAMA = tiny_spec("llama", qkv_bias=True, output_bias=True, mlp_bias=True, rope_scaling=LLAMA3)
+SPECS = {
+    "qwen3": QWEN3,
+    "qwen2": QWEN2,
+    "llama": LLAMA,
+    "rwkv7-A": QWEN3.as_student("rwkv7", variant="A"),
+    "rwkv7-B": QWEN3.as_student("rwkv7", variant="B"),
+    "rwkv7-C": QWEN3.as_student("rwkv7"),
+    "rwkv7-hybrid-full-gate": QWEN2.as_student("rwkv7", (1,), rope=False, gate="full"),
+    "rwkv7-first-kept": QWEN2.as_student("rwkv7", (0,), gate="none"),
+    "rwkv6": QWEN2.as_student("rwkv6"),
+    "rwkv6-lowrank-rope": QWEN3.as_student("rwkv6", gate="lowrank", rope=True),
+    "rwkv6-groupnorm-hybrid": QWEN3.as_student("rwkv6", (1,), token_shift=False, groupnorm=True, clamp=None),
+    "rwkv6-no-gate": LLAMA.as_student("rwkv6", gate="none"),
+}
+
+
+def random_weights(spec: ModelSpec) -> dict[str, np.ndarray]:
+    """Float32 numbers in float64, none of them at its first value, so that every tensor counts."""
+    rng = np.random.default_rng(0)
+    weights = {}
+    for name, row in spec.tensors().items():
+        values = rng.standard_normal(row.shape) * 0.1
+        if name.endswith(("norm.weight", "ln_x.weight", "k_k", "k_a")):
+            values += 1
+        weights[name] = values.astype(np.float32).astype(np.float64)
+    return weights
+
+
+def model_of(spec: ModelSpec, weights: dict[str, np.ndarray]) -> Model:
+    model = Model(spec)
+    model.load_state_dict({name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()})
+    return model.eval()
+
+
+@pytest.fixture(params=SPECS, ids=list(SPECS))
+def case(request: pytest.FixtureRequest) -> tuple[ModelSpec, dict[str, np.ndarray], Model, torch.Tensor]:
+    spec = SPECS[request.param]
+    weights = random_weights(spec)
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, spec.V, (1, 37)))
+    return spec, weights, model_of(spec, weights), tokens
+
+
+Case = tuple[ModelSpec, dict[str, np.ndarray], Model, torch.Tensor]
+
+
+def test_names_and_shapes_are_the_specs(case: Case) -> None:
+    spec, _, model, _ = case
+    assert {name: tuple(p.shape) for name, p in model.state_dict().items()} == {n: r.shape for n, r in spec.tensors().items()}
+
+
+@torch.no_grad()
+def test_equals_oracle(case: Case) -> None:
+    spec, weights, model, tokens = case
+    wanted = oracle_logits(spec, weights, tokens[0].numpy())
+    assert np.abs(model(tokens)[0][0].numpy() - wanted).max() <= 1e-5
+
+
+def test_oracle_state_goes_on(case: Case) -> None:
+    spec, weights, _, tokens = case
+    ids, state = tokens[0].numpy(), OracleState(spec)
+    parts = [oracle_logits(spec, weights, ids[a:b], state) for a, b in ((0, 5), (5, 6), (6, 37))]
+    assert np.abs(np.concatenate(parts) - oracle_logits(spec, weights, ids)).max() <= 1e-10
+
+
+@torch.no_grad()
+def test_cached_equals_uncached(case: Case) -> None:
+    _, _, model, tokens = case
+    whole, state, parts = model(tokens)[0], None, []
+    for a, b in ((0, 1), (1, 6), (6, 7), (7, 20), (20, 21), (21, 37)):
+        logits, state = model(tokens[:, a:b], state)
+        parts.append(logits)
+    assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pads", [1, 9, 33])
+def test_left_padding_changes_nothing(case: Case, pads: int) -> None:
+    _, _, model, tokens = case
+    alone, alone_state = model(tokens)
+    padded = torch.cat([torch.full((1, pads), 7), tokens], 1)
+    mask = torch.ones_like(padded, dtype=torch.bool)
+    mask[:, :pads] = False
+    other = torch.cat([tokens, tokens[:, :pads]], 1)
+    logits, state = model(torch.cat([padded, other]), None, torch.cat([mask, torch.ones_like(mask)]))
+    assert (logits[0, pads:] - alone[0]).abs().max() <= 1e-5
+    step = torch.tensor([[3], [3]])
+    after, _ = model(step, state, torch.ones(2, 1, dtype=torch.bool))
+    assert (after[0] - model(step[:1], alone_state)[0][0]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_packed_equals_separate(case: Case) -> None:
+    _, _, model, tokens = case
+    packed, _ = model(torch.cat([tokens, tokens[:, :9]], 1), cu_seqlens=torch.tensor([0, 37, 46]))
+    assert (packed[:, :37] - model(tokens)[0]).abs().max() <= 1e-6
+    assert (packed[:, 37:] - model(tokens[:, :9])[0]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("qwen2", {}),
+        ("qwen2", {"tie_embeddings": True, "head_dim": 16}),
+        ("qwen3", {}),
+        ("qwen3", {"tie_embeddings": True, "num_kv_heads": 1, "head_dim": 64}),
+        ("qwen3", {"qkv_bias": True, "output_bias": True}),
+        ("llama", {"rope_scaling": LLAMA3}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "num_kv_heads": 4}),
+        ("llama", {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "tie_embeddings": True}),
+    ],
+)
+@torch.no_grad()
+def test_teacher_equals_stock_transformers(tmp_path: Path, family: str, flags: dict[str, object]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_teacher(tmp_path / "teacher", family, **flags)
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = load_model(open_folder(path))
+    tokens = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    assert (model(tokens)[0] - stock(tokens).logits).abs().max() <= 1e-5
+    mask[0, :11] = 0
+    padded = stock(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    assert (model(tokens, None, mask.bool())[0][0, 11:] - padded[0, 11:]).abs().max() <= 1e-5
+
+
+def test_bfloat16_keeps_the_state_in_float32() -> None:
+    spec = replace(QWEN3, num_layers=1, mixers=()).as_student("rwkv7")
+    model = model_of(spec, random_weights(spec)).to(torch.bfloat16)
+    logits, state = model(torch.tensor([[1, 2, 3]]))
+    assert logits.dtype == torch.bfloat16 and state.layers[0]["wkv"].dtype == torch.float32
