@@ -21,6 +21,7 @@ _PUBLIC = {
     "open_folder": "radlads.folder",
     "open_engine": "radlads.backends",
     "init": "radlads.cli.init",
+    "TrainOptions": "radlads.cli.train",
     "train": "radlads.cli.train",
     "generate": "radlads.cli.generate",
 }

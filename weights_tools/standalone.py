@@ -16,11 +16,15 @@ from radlads.spec import ModelSpec
 # Shipped file: the module it grows from.
 ENTRIES = {
     "radlads_mlx.py": "radlads.backends.mlx.model",
+    "configuration_radlads.py": "radlads.backends.torch.hf_config",
     "modeling_radlads.py": "radlads.backends.torch.hf",
 }
 CONFIG_KEYS = {
     "model_file": "radlads_mlx.py",
-    "auto_map": {"AutoConfig": "modeling_radlads.RadladsConfig", "AutoModelForCausalLM": "modeling_radlads.RadladsForCausalLM"},
+    "auto_map": {
+        "AutoConfig": "configuration_radlads.RadladsConfig",  # mlx-lm reads it too, where there is no PyTorch
+        "AutoModelForCausalLM": "modeling_radlads.RadladsForCausalLM",
+    },
 }
 # Besides its own backend, a shipped file may hold these and what lies below them.
 SHARED = ("radlads.spec", "radlads.mixers", "radlads.positions")

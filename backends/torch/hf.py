@@ -1,4 +1,4 @@
-"""The model as a transformers model: config, cache and generation. Entry of the file that converted folders carry."""
+"""The model as a transformers model: cache and generation. Entry of the file that converted folders carry."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,25 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from radlads.backends.torch.hf_config import RadladsConfig
 from radlads.backends.torch.model import Decoder
 from radlads.backends.torch.state import ModelState
-from radlads.spec import ModelSpec
-
-
-class RadladsConfig(PreTrainedConfig):
-    """config.json of a converted model; the spec stands under the key "radlads"."""
-
-    model_type = "radlads"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads a list
-
-    def spec(self) -> ModelSpec:
-        """Dimensions and mixers. ValueError when the key is missing or damaged."""
-        return ModelSpec.from_dict(self.radlads)
 
 
 class RadladsCache(Cache):

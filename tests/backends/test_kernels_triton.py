@@ -30,7 +30,7 @@ CASES = {
     "rwkv7-packed": (7, (1, 40, 1, 32), 1, 0.6, -0.6065, [0, 1, 34, 40], False),
     "rwkv7-two-blocks": (7, (1, 5, 1, 96), 1, 0.6, -0.6065, None, True),
     "rwkv6": (6, (1, 40, 1, 32), 1, 20.0, None, None, True),
-    "rwkv6-packed": (6, (1, 40, 2, 32), 1, 5.0, None, [0, 1, 34, 40], True),
+    "rwkv6-packed": (6, (1, 40, 2, 32), 1, 5.0, -5.0, [0, 1, 34, 40], True),
     "rwkv6-two-blocks": (6, (1, 5, 1, 96), 1, 20.0, None, None, False),
 }
 # name: kernel, shared-memory limit is the target's; each is compiled for every target at head size 128, bfloat16
@@ -87,7 +87,7 @@ def call(rwkv7: bool, inputs: list[Tensor], state: Tensor | None, scale: float, 
     if rwkv7:
         return wkv7_module.wkv7(*inputs, state, scale=scale, min_log_w=bound, cu_seqlens=packed)
     q, log_w, k, v = inputs
-    return wkv6_module.wkv6(q, k, v, log_w, state, scale=scale, cu_seqlens=packed)
+    return wkv6_module.wkv6(q, k, v, log_w, state, scale=scale, min_log_w=bound, cu_seqlens=packed)
 
 
 def errors(name: str, dtype: torch.dtype, device: str) -> list[float]:

@@ -1,5 +1,7 @@
 """The plain recurrences against a float64 token loop: outputs, states and every gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +95,26 @@ def test_forward_and_every_gradient(case: tuple[int, int, int, int, float, float
         close(x, y, f"gradient of input {i}")
 
 
+@pytest.mark.parametrize("op", ["wkv6", "wkv7"])
+@pytest.mark.parametrize(("low", "bound"), [(-0.60653066, -0.60653066), (-5.0, -5.0), (-5.0, None), (-20.0, None)])
+def test_gradient_of_one_strong_decay(op: str, low: float, bound: float | None) -> None:
+    """Where every decay is as strong, its own gradient is tiny: rounding errors of larger terms must not stand in it."""
+    tensors = inputs((70, 2, 2, 32, low, bound), op)
+    decay = 3 if op == "wkv6" else 1
+    tensors[decay] = torch.full_like(tensors[decay], low)
+    exact = [x.requires_grad_() for x in tensors]
+    plain = [x.detach().float().requires_grad_() for x in exact]
+    wanted, found = (
+        (loop6(*exact, scale=1.0), wkv6(*plain, scale=1.0, min_log_w=bound))
+        if op == "wkv6"
+        else (loop7(*exact, scale=1.0), wkv7(*plain, min_log_w=bound))
+    )
+    wanted_grads = torch.autograd.grad(wanted[0].square().sum() + wanted[1].sum(), exact)
+    found_grads = torch.autograd.grad(found[0].square().sum() + found[1].sum(), plain)
+    for i, (x, y) in enumerate(zip(found_grads, wanted_grads, strict=True)):
+        close(x, y, f"gradient of input {i}")
+
+
 @pytest.mark.parametrize("split", [1, 7, 32, 64, 99])
 def test_split_anywhere_is_the_same(split: int) -> None:
     case = (100, 2, 2, 32, -0.60653066, -0.60653066)
@@ -108,7 +130,7 @@ def test_packed_equals_separate_with_gradients() -> None:
     *tensors, _ = [x.float().requires_grad_() for x in inputs((60, 2, 2, 32, -0.60653066, None), "wkv7", rows=1)]
     bounds = [0, 1, 17, 60]
     packed, states = wkv7(*tensors, min_log_w=-0.60653066, cu_seqlens=torch.tensor(bounds))
-    parts = [wkv7(*(x[:, a:b] for x in tensors), min_log_w=-0.60653066) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [wkv7(*(x[:, a:b] for x in tensors), min_log_w=-0.60653066) for a, b in pairwise(bounds)]
     separate = torch.cat([out for out, _ in parts], 1)
     assert torch.equal(packed, separate)
     assert torch.equal(states, torch.cat([state for _, state in parts]))

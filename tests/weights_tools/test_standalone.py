@@ -13,7 +13,11 @@ from radlads.backends.torch.model import Decoder
 from radlads.weights_tools.standalone import CONFIG_KEYS, ENTRIES, join_module, model_files
 from tests.models import tiny_spec
 
-FOREIGN = {"radlads_mlx.py": {"mlx", "mlx_lm"}, "modeling_radlads.py": {"torch", "transformers", "triton"}}
+FOREIGN = {
+    "radlads_mlx.py": {"mlx", "mlx_lm"},
+    "configuration_radlads.py": {"transformers"},
+    "modeling_radlads.py": {"torch", "transformers", "triton"},
+}
 
 
 @pytest.fixture

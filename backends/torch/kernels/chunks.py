@@ -19,7 +19,8 @@ DECAY_CLAMP = 16.0
 
 def decay_block(chunk: int, min_log_w: float | None) -> tuple[int, float]:
     """Tokens per centred block and the clamp that make every factor finite for log-decays >= min_log_w."""
-    floor = DECAY_CLAMP if min_log_w is None else min(DECAY_CLAMP, -min_log_w)
+    # A bound survives rounding to bfloat16 only with some slack: the clamp must not change a value within it.
+    floor = DECAY_CLAMP if min_log_w is None else min(DECAY_CLAMP, -1.01 * min_log_w)
     if floor * chunk / 2 <= DECAY_SPAN:
         return chunk, floor
     return 1 << int(math.log2(2 * DECAY_SPAN / floor)), floor

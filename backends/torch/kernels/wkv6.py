@@ -31,8 +31,9 @@ def wkv6(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None = 
     """S_t = S_{t-1} diag(exp(log_w_t)) + v_t k_t^T ;  out_t = scale * S_t q_t.
 
     q: (B, T, H, N) float32 or bfloat16. k, v: (B, T, Hkv, N) with H % Hkv == 0; key/value head j serves query heads
-    j*g ... j*g+g-1. log_w: (B, T, H, N) <= 0, float32 or bfloat16, exact for any decay. state: float32 (B, H, N, N), rows
-    are value channels. min_log_w: a bound the caller guarantees (larger chunks on the CPU). cu_seqlens: (n+1) offsets of n sequences packed along T with B == 1; the state then has n rows.
+    j*g ... j*g+g-1. log_w: (B, T, H, N) <= 0, float32 or bfloat16. state: float32 (B, H, N, N), rows are value channels.
+    min_log_w: a bound the caller guarantees, which allows a faster path; None is exact for any decay. cu_seqlens: (n+1)
+    offsets of n sequences packed along T with B == 1; the state then has n rows.
     Returns out (B, T, H, N) in v's dtype and the final state. Raises ValueError for shapes that do not fit.
     """
     wkv6_check(q, k, v, log_w, state, cu_seqlens)
@@ -43,7 +44,8 @@ def wkv6(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None = 
     inputs = [x.to(dtype).contiguous() for x in (q, k, v)]
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_w, state))
     out, final, _ = wkv6_forward_op(
-        *inputs, gate.contiguous(), None if state is None else state.float().contiguous(), cu_seqlens, scale, save)
+        *inputs, gate.contiguous(), None if state is None else state.float().contiguous(), cu_seqlens, scale, min_log_w,
+        save)
     return out.to(v.dtype), final
 
 
@@ -65,12 +67,12 @@ def wkv6_has_kernel(q: Tensor) -> bool:
     return HAS_TRITON and q.is_cuda and q.shape[3] in WKV6_HEAD_SIZES and q.shape[1] > 0 and q.dtype != torch.float64
 
 
-def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
+def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> dict[str, object]:
     """Sizes, tables and compile-time constants that all kernels of one call share."""
-    B, T, H, N = q.shape
+    B, T, _, N = q.shape
     # float32 tiles of 64 tokens do not fit in shared memory.
     C = 64 if q.dtype == torch.bfloat16 else 32
-    diag, clamp = decay_block(C, None)
+    diag, clamp = decay_block(C, min_log_w)
     NT = triton.cdiv(T, C)
     chunk_seq, chunk_start = chunk_tables(cu_seqlens, C, T) if cu_seqlens is not None else (None, None)
     seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -82,19 +84,20 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None) -> dict[str, object]:
         "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag)},
         "common": {"N": N, "BK": 64, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **chunk_precision(q.dtype, q.device)},
-        "tile": 64,
         "launch": {
-            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True)) for name, choice in WKV6_LAUNCH.items()},
+            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True))
+            for name, choice in WKV6_LAUNCH.items()
+        },
     }
 
 
 @torch.library.custom_op("radlads::wkv6_forward", mutates_args=())
 def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
-                    scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+                    scale: float, min_log_w: float | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out, final state, state before each chunk); the last is empty unless `save`."""
-    B, T, H, N = q.shape
-    plan = wkv6_plan(q, cu_seqlens)
-    C, chunks, BV = plan["C"], plan["chunks"], plan["tile"]
+    H, N = q.shape[2:]
+    plan = wkv6_plan(q, cu_seqlens, min_log_w)
+    C, chunks = plan["C"], plan["chunks"]
     cu, chunk_seq, chunk_start = plan["tables"]
     out = torch.empty_like(q)
     final = q.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
@@ -103,15 +106,15 @@ def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tenso
     sizes = (plan["T"], plan["NT"], H, k.shape[2], scale)
     wkv6_intra_kernel[(H, chunks)](q, log_w, k, pairs, cu, chunk_seq, chunk_start, *sizes,
                                    **plan["common"], **plan["pairs"], **plan["launch"]["intra"])
-    wkv6_scan_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+    wkv6_scan_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
         q, log_w, k, v, pairs, state, out, checkpoint, final, cu, chunk_start, *sizes, **plan["common"],
-        BV=BV, HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+        BV=64, HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     return out, final, checkpoint
 
 
 @wkv6_forward_op.register_fake
 def wkv6_forward_fake(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
-                      scale: float, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+                      scale: float, min_log_w: float | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, N = q.shape
     C = 64 if q.dtype == torch.bfloat16 else 32
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -122,20 +125,20 @@ def wkv6_forward_fake(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Ten
 
 @torch.library.custom_op("radlads::wkv6_backward", mutates_args=())
 def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_w: Tensor,
-                     checkpoint: Tensor, cu_seqlens: Tensor | None, scale: float, need_state: bool
+                     checkpoint: Tensor, cu_seqlens: Tensor | None, scale: float, min_log_w: float | None,
+                     need_state: bool
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_w and the initial state (empty unless needed)."""
     B, T, H, N = q.shape
     Hk = k.shape[2]
-    plan = wkv6_plan(q, cu_seqlens)
-    BV = plan["tile"]
+    plan = wkv6_plan(q, cu_seqlens, min_log_w)
     cu, chunk_seq, chunk_start = plan["tables"]
     d_out = d_out.contiguous()
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = q.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    wkv6_reverse_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+    wkv6_reverse_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
         q, log_w, d_out, None if d_final is None else d_final.contiguous(), d_checkpoint, d_state, cu, chunk_start,
-        plan["T"], plan["NT"], H, scale, **plan["common"], BV=BV, HAS_STATE=d_final is not None, NEED_STATE=need_state,
+        plan["T"], plan["NT"], H, scale, **plan["common"], BV=64, HAS_STATE=d_final is not None, NEED_STATE=need_state,
         **plan["launch"]["reverse"])
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     d_log_w = torch.empty_like(log_w)
@@ -150,16 +153,17 @@ def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor
 
 @wkv6_backward_op.register_fake
 def wkv6_backward_fake(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_w: Tensor,
-                       checkpoint: Tensor, cu_seqlens: Tensor | None, scale: float, need_state: bool
+                       checkpoint: Tensor, cu_seqlens: Tensor | None, scale: float, min_log_w: float | None,
+                     need_state: bool
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, T, H, N = q.shape
+    B, _, H, N = q.shape
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_state = q.new_empty((seqs, H, N, N) if need_state else 0, dtype=torch.float32)
     return (*(torch.empty_like(x) for x in (q, k, v, log_w)), d_state)
 
 
 def wkv6_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    q, k, v, log_w, state, cu_seqlens, ctx.scale, _ = inputs
+    q, k, v, log_w, state, cu_seqlens, ctx.scale, ctx.min_log_w, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.need_state = state is not None and state.requires_grad
     ctx.save_for_backward(q, k, v, log_w, output[2], cu_seqlens)
@@ -170,8 +174,8 @@ def wkv6_backward(ctx: torch.autograd.function.FunctionCtx, d_out: Tensor | None
     *saved, cu_seqlens = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(saved[0])
-    *grads, d_state = wkv6_backward_op(d_out, d_final, *saved, cu_seqlens, ctx.scale, ctx.need_state)
-    return *grads, d_state if ctx.need_state else None, None, None, None
+    *grads, d_state = wkv6_backward_op(d_out, d_final, *saved, cu_seqlens, ctx.scale, ctx.min_log_w, ctx.need_state)
+    return *grads, d_state if ctx.need_state else None, None, None, None, None
 
 
 wkv6_forward_op.register_autograd(wkv6_backward, setup_context=wkv6_setup)

@@ -81,21 +81,38 @@ def wkv6_plain(
 
     size = plain_chunk(min_log_w, T)
     q, k, v, log_w = (plain_chunks(x, size) for x in (q, k, v, log_w))
-    total = log_w.cumsum(-2)
-    middle = total[..., size // 2 - 1 : size // 2, :]
-    last = total[..., size - 1 :, :]
-    scores = (q * (total - middle).exp()) @ (k * (middle - total).exp()).transpose(-1, -2)
+    from_middle, from_start, to_end = plain_decays(log_w)
+    middle = from_middle[..., 1:, :]
+    scores = (q * middle.exp()) @ (k * (-middle).exp()).transpose(-1, -2)
     # Above the diagonal the product may be infinite: it is selected away, never multiplied.
-    visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    out = torch.where(visible, scores, 0.0) @ v
-    written = v.transpose(-1, -2) @ (k * (last - total).exp())
+    visible = torch.ones(size, size, dtype=torch.bool, device=q.device).tril(-1)
+    out = torch.where(visible, scores, 0.0) @ v + (q * k).sum(-1, keepdim=True) * v
+    written = v.transpose(-1, -2) @ (k * to_end.exp())
+    decay = from_start.exp()
     states = []
     # unbind, not indexing: its backward stacks, where indexing would fill a zero tensor for every chunk.
-    for decay_, written_ in zip(last.exp().unbind(2), written.unbind(2), strict=True):
+    for decay_, written_ in zip(decay[..., size:, :].unbind(2), written.unbind(2), strict=True):
         states.append(state)
         state = state * decay_ + written_
-    out = out + (q * total.exp()) @ torch.stack(states, 2).transpose(-1, -2)
+    out = out + (q * decay[..., 1:, :]) @ torch.stack(states, 2).transpose(-1, -2)
     return plain_unchunk(out, T).to(dtype), state
+
+
+def plain_decays(log_w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of log-decays in chunks (..., C, N): from the middle (C+1 rows), from the start (C+1), to the end (C).
+
+    Row j of the first two stands at the boundary after j tokens, row t of the last one after token t. Every sum is taken over
+    just the tokens it spans: a difference of longer sums would leave rounding errors in the gradient of a strong decay.
+    """
+    size = log_w.shape[-2]
+    boundary = torch.arange(size + 1, device=log_w.device)[:, None]
+    token = torch.arange(size, device=log_w.device)[None, :]
+    middle = size // 2
+    from_start = token < boundary
+    from_middle = (from_start & (token >= middle)).to(log_w.dtype) - (~from_start & (token < middle)).to(log_w.dtype)
+    to_end = ~from_start[1:]
+    spans = torch.cat([from_middle, from_start.to(log_w.dtype), to_end.to(log_w.dtype)])
+    return (spans @ log_w).split([size + 1, size + 1, size], -2)
 
 
 def plain_packed(

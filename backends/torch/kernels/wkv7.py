@@ -90,9 +90,10 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
         "width": 128 if N > 64 else 64,
         "common": {"N": N, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **precision},
-        "tile": 64,
         "launch": {
-            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True)) for name, choice in WKV7_LAUNCH.items()},
+            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True))
+            for name, choice in WKV7_LAUNCH.items()
+        },
     }
 
 
@@ -118,15 +119,14 @@ def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b
     H, N = r.shape[2:]
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, _, chunk_start = plan["tables"]
-    BV = plan["tile"]
     solve, *pairs = wkv7_solve(r, log_w, k, a, b, scale, plan)
     out = torch.empty_like(r)
     final = r.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     u = torch.empty_like(r if save else r[:0])
     checkpoint = r.new_empty((plan["chunks"], H, N, N) if save else 0)
-    wkv7_scan_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+    wkv7_scan_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
         r, log_w, k, v, a, b, solve, *pairs, state, out, u, checkpoint, final, cu, chunk_start,
-        plan["T"], plan["NT"], H, v.shape[2], scale, **plan["common"], BK=64, BV=BV, INLINE=plan["inline"],
+        plan["T"], plan["NT"], H, v.shape[2], scale, **plan["common"], BK=64, BV=64, INLINE=plan["inline"],
         HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     return out, final, u, checkpoint, solve if save else solve.new_empty(0)
 
@@ -155,7 +155,6 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, chunk_seq, chunk_start = plan["tables"]
     sizes = (plan["T"], plan["NT"], H)
-    BV = plan["tile"]
     d_out = d_out.contiguous()
     if plan["inline"]:
         pairs = (solve, solve, solve)
@@ -165,9 +164,9 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     d_log_w = torch.empty_like(log_w)
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    wkv7_reverse_kernel[(triton.cdiv(N, BV), H, plan["seqs"])](
+    wkv7_reverse_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
         r, log_w, k, a, b, solve, *pairs, d_out, None if d_final is None else d_final.contiguous(), du, dv, d_checkpoint,
-        d_state, cu, chunk_start, *sizes, scale, **plan["common"], BK=64, BV=BV, INLINE=plan["inline"],
+        d_state, cu, chunk_start, *sizes, scale, **plan["common"], BK=64, BV=64, INLINE=plan["inline"],
         HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
     wkv7_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
         r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
@@ -183,7 +182,7 @@ def wkv7_backward_fake(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: 
                        b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, cu_seqlens: Tensor | None,
                        scale: float, min_log_w: float | None, need_state: bool
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, T, H, N = r.shape
+    B, _, H, N = r.shape
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_state = r.new_empty((seqs, H, N, N) if need_state else 0, dtype=torch.float32)
     return (*(torch.empty_like(x) for x in (r, log_w, k, v, a, b)), d_state)

@@ -13,6 +13,7 @@ from radlads.backends.torch.kernels.wkv6_plain import (
     plain_chunk,
     plain_chunks,
     plain_compute,
+    plain_decays,
     plain_packed,
     plain_repeat,
     plain_unchunk,
@@ -74,32 +75,31 @@ def wkv7_plain(
 
     size = plain_chunk(min_log_w, T)
     r, log_w, k, v, a, b = (plain_chunks(x, size) for x in (r, log_w, k, v, a, b))
-    total = log_w.cumsum(-2)
-    before = total - log_w
-    middle = total[..., size // 2 - 1 : size // 2, :]
-    last = total[..., -1:, :]
-    sources = torch.cat([b, k], -2) * torch.cat([middle - total] * 2, -2).exp()
+    from_middle, from_start, to_end = plain_decays(log_w)
+    away, back = from_middle.exp(), (-from_middle[..., 1:, :]).exp()
     # Rows: what each token removes, then what it reads; columns: what b writes, then what k writes.
-    targets = torch.cat([a * (before - middle).exp(), r * (total - middle).exp()], -2)
+    targets = torch.cat([a * away[..., :-1, :], r * away[..., 1:, :]], -2)
+    sources = torch.cat([b * back, k * back], -2)
     pairs = targets @ sources.transpose(-1, -2)
-    # Above the diagonal the product may be infinite: it is selected away, never multiplied.
+    undecayed = torch.cat([a, r], -2) @ torch.cat([b, k], -2).transpose(-1, -2)
+    # Above the diagonal the product may be infinite: it is selected away, never multiplied. Between neighbours stands no
+    # decay, and its factors would leave their rounding errors in the decay's gradient.
     ones = torch.ones(size, size, dtype=torch.bool, device=r.device)
     visible = torch.cat([ones.tril(-1), ones.tril()]).repeat(1, 2)
-    pairs = torch.where(visible, pairs, 0.0)
+    separated = torch.cat([ones.tril(-2), ones.tril(-1)]).repeat(1, 2)
+    pairs = torch.where(separated, pairs, torch.where(visible, undecayed, 0.0))
     (a_ab, a_ak), (a_rb, a_rk) = (half.chunk(2, -1) for half in pairs.chunk(2, -2))
+    decay, fade = from_start.exp(), to_end.exp()
     # removed = (I - A_ab)^-1 (A_ak V + a exp(before) S^T): one part from the chunk itself, one from the state before it.
-    solved = UnitLowerInverse.apply(a_ab) @ torch.cat([a_ak @ v, a * before.exp()], -1)
-    own, from_state = solved.chunk(2, -1)
-    fade = (last - total).exp()
-    b_last = b * fade
-    written = v.transpose(-1, -2) @ (k * fade)
+    own, from_state = (UnitLowerInverse.apply(a_ab) @ torch.cat([a_ak @ v, a * decay[..., :-1, :]], -1)).chunk(2, -1)
+    b_last, written = b * fade, v.transpose(-1, -2) @ (k * fade)
     states, removals = [], []
     # unbind, not indexing: its backward stacks, where indexing would fill a zero tensor for every chunk.
-    per_chunk = (x.unbind(2) for x in (own, from_state, last.exp(), b_last, written))
+    per_chunk = (x.unbind(2) for x in (own, from_state, decay[..., size:, :], b_last, written))
     for own_, from_state_, decay_, b_, written_ in zip(*per_chunk, strict=True):
         states.append(state)
         removed = own_ + from_state_ @ state.transpose(-1, -2)
         removals.append(removed)
         state = state * decay_ + removed.transpose(-1, -2) @ b_ + written_
-    out = (r * total.exp()) @ torch.stack(states, 2).transpose(-1, -2) + a_rb @ torch.stack(removals, 2) + a_rk @ v
+    out = (r * decay[..., 1:, :]) @ torch.stack(states, 2).transpose(-1, -2) + a_rb @ torch.stack(removals, 2) + a_rk @ v
     return plain_unchunk(out, T).to(dtype), state

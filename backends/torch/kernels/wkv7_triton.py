@@ -413,8 +413,8 @@ def wkv7_key_grad(k, log_w, r, a, value, d_state, d_r, d_a, grad, w_grad, row, c
 @triton.jit(do_not_specialize=["T", "NT"])
 def wkv7_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint,
                      dr, d_log_w, dk, da, db, cu_seqlens, chunk_seq, chunk_start, T, NT, H, HV, scale,
-                     N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
-                     CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
+                     N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr,
+                     LEVELS: tl.constexpr, CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
                      SOLVE_PREC: tl.constexpr, VARLEN: tl.constexpr):
     """Gradients of r, log_w, k, a, b of one block of key channels of one chunk, from the states at the chunk's two ends.
 

@@ -1,0 +1,195 @@
+"""Losses, optimiser and stage loop, against formulas written out again here."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from radlads.backends.torch.losses import TOKENS_AT_ONCE, distillation_loss, language_model_loss
+from radlads.backends.torch.model import Model
+from radlads.backends.torch.objectives import alignment_errors
+from radlads.backends.torch.optim import Optimizer, trainable
+from radlads.backends.torch.trainer import run_stage
+from radlads.data.store import TokenStore, prepare
+from radlads.recipe import Recipe
+from radlads.runs import begin_run
+from radlads.schedule import learning_rate
+from tests.backends.test_torch_model import model_of, random_weights
+from tests.models import tiny_spec
+
+TEACHER = tiny_spec("qwen3", tie_embeddings=True)
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    vocab_size = 300
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) % 256 for c in text]
+
+
+def recipe(**stage: object) -> Recipe:
+    values = {"kind": "align", "tokens": 320, "seq_len": 16, "batch_size": 2, "lr": 1e-3, "warmup_steps": 2, **stage}
+    return Recipe(name="test", teacher="t", data={"train": ["a.txt"], "valid": ["a.txt"]}, stages=[values])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    path = tmp_path / "a.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    return prepare([path], Letters(), tmp_path / "store", eos_id=None)
+
+
+def pair(mixer: str = "rwkv7") -> tuple[Model, Model]:
+    spec = TEACHER.as_student(mixer)
+    return model_of(spec, random_weights(spec)), model_of(TEACHER, random_weights(TEACHER))
+
+
+@pytest.mark.parametrize(("temperature", "ce"), [(1.0, 0.0), (2.0, 0.0), (1.0, 0.3), (1.5, 1.0)])
+def test_distillation_loss_and_gradients(temperature: float, ce: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radlads.backends.torch.losses.TOKENS_AT_ONCE", 7)
+    assert TOKENS_AT_ONCE > 7
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, t_hidden, t_head = (torch.randn(s, generator=generator) for s in ((2, 9, 8), (50, 8), (2, 9, 12), (50, 12)))
+    labels = torch.randint(0, 50, (2, 9), generator=generator)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    found = distillation_loss(hidden, head, t_hidden, t_head, labels, temperature=temperature, ce_weight=ce)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    p = ((t_hidden.double() @ t_head.double().T) / temperature).softmax(-1)
+    logits = exact[0] @ exact[1].T
+    kl = (p * (p.log() - (logits / temperature).log_softmax(-1))).sum(-1).mean()
+    wanted = kl - ce * logits.log_softmax(-1).gather(-1, labels[..., None]).mean()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for x, y in zip(torch.autograd.grad(found, (hidden, head)), torch.autograd.grad(wanted, exact), strict=True):
+        assert (x.double() - y).norm() / y.norm() <= 1e-5
+
+
+def test_language_model_loss_is_mean_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radlads.backends.torch.losses.TOKENS_AT_ONCE", 5)
+    hidden, head = torch.randn(2, 9, 8), torch.randn(50, 8)
+    labels = torch.randint(0, 50, (2, 9))
+    wanted = -(hidden @ head.T).log_softmax(-1).gather(-1, labels[..., None]).mean()
+    assert language_model_loss(hidden, head, labels).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7"])
+def test_alignment_error_is_the_unsquared_norm_in_the_teachers_stream(mixer: str) -> None:
+    student, teacher = pair(mixer)
+    tokens = torch.randint(0, 300, (2, 11))
+    seen: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda m, i, o: seen["teacher"].append(o[0])) for layer in teacher.model.layers
+    ]
+    teacher(tokens)
+    found = alignment_errors(student, teacher, tokens)
+    for hook in hooks:
+        hook.remove()
+    # the teacher's stream in the alignment pass is its own forward pass
+    layers = len(teacher.model.layers)
+    for own, again in zip(seen["teacher"][:layers], seen["teacher"][layers:], strict=True):
+        assert torch.allclose(own, again, atol=1e-6)
+    assert found.shape == (layers,) and torch.isfinite(found).all()
+    # layer 0 written out: both mixers see the same normed embedding
+    with torch.no_grad():
+        normed = teacher.model.layers[0].input_layernorm(teacher.model.embed_tokens(tokens))
+        from radlads.backends.torch.state import empty_state
+
+        context, _ = student.model.context(tokens, empty_state(student.spec, 2, tokens.device), None, None, normed.dtype)
+        mixed, _ = student.model.layers[0].self_attn(normed, context, {})
+        wanted = (seen["teacher"][0] - mixed).norm(dim=-1).mean() / TEACHER.D**0.5
+    assert found[0].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_only_mixers_train_in_step_1_and_unread_tensors_never() -> None:
+    student, _ = pair()
+    rows = student.spec.tensors()
+    mixers = trainable(student, "mixer")
+    assert mixers and all(".self_attn." in name and rows[name].read for name in mixers)
+    everything = trainable(student, "all")
+    assert set(everything) == {name for name, row in rows.items() if row.read}
+    decay = trainable(student, "decay")
+    assert {name.rpartition(".")[2] for name in decay} == {"w0", "w1", "w2"}
+
+
+def test_kept_softmax_layers_do_not_train_in_step_1() -> None:
+    spec = TEACHER.as_student("rwkv7", (1,))
+    names = trainable(model_of(spec, random_weights(spec)), "mixer")
+    assert names and not any(".layers.1." in name for name in names)
+
+
+def test_adamw_step_is_the_written_one() -> None:
+    stage = recipe(lr=2e-3, warmup_steps=0, clip=0.5, kind="lm", weight_decay=0.1).stages[0]
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = Optimizer({"model.norm.weight": weight}, stage)
+    x, m, v = weight.detach().double().numpy().copy(), 0.0, 0.0
+    for step in range(3):
+        grad = np.array([0.3, -4.0, 0.0]) * (step + 1)
+        weight.grad = torch.tensor(grad, dtype=torch.float32)
+        rate, norm = optimizer.step(step)
+        assert norm == pytest.approx(np.linalg.norm(grad), rel=1e-6)
+        assert rate == learning_rate(stage, step, step * stage.tokens_per_step, stage.tokens_per_step, 2e-3, 2e-3)
+        grad = grad * min(1, 0.5 / (np.linalg.norm(grad) + 1e-6))
+        m, v = 0.9 * m + 0.1 * grad, 0.95 * v + 0.05 * grad**2
+        x = x - rate * 0.1 * x - rate * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.95 ** (step + 1))) + 1e-8)
+        assert np.allclose(weight.detach().numpy(), x, rtol=1e-5)
+
+
+def test_nonfinite_gradient_changes_nothing() -> None:
+    stage = recipe().stages[0]
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Optimizer({"model.norm.weight": weight}, stage)
+    weight.grad = torch.tensor([1.0, float("nan"), 0.0])
+    _, norm = optimizer.step(0)
+    assert norm != norm and torch.equal(weight.detach(), torch.ones(3)) and optimizer.updates == 0 and weight.grad is None
+
+
+def test_bfloat16_weights_have_float32_masters() -> None:
+    stage = recipe(warmup_steps=0, lr=1e-4, kind="lm").stages[0]
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = Optimizer({"model.norm.weight": weight}, stage)
+    for step in range(10):
+        weight.grad = torch.ones(3, dtype=torch.bfloat16)
+        optimizer.step(step)
+    master = optimizer.masters["model.norm.weight"]
+    assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), weight.detach())
+    assert master[0].item() == pytest.approx(1 - 10e-4, abs=1e-5)  # each update alone is lost in bfloat16
+
+
+@pytest.mark.parametrize("kind", ["align", "distill", "lm"])
+def test_resumed_losses_are_identical(tmp_path: Path, store: TokenStore, kind: str) -> None:
+    wanted = recipe(kind=kind, save_every=3)
+    stage = wanted.stages[0]
+
+    def losses(folder: Path, stops: list[int]) -> list[float]:
+        for stop in [*stops, 10**9]:
+            student, teacher = pair()
+            with begin_run(folder, wanted) as run:
+                seen: list[int] = []
+                done = run_stage(stage, student, teacher, store, run, lambda p: seen.append(p.step), lambda: len(seen) >= stop)  # noqa: B023
+                records = run.metrics()
+        assert done
+        assert [r["step"] for r in records] == list(range(1, stage.steps + 1))
+        return [r["loss"] for r in records]
+
+    assert losses(tmp_path / "whole", []) == losses(tmp_path / "stopped", [2, 1, 4])
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, store: TokenStore) -> None:
+    wanted = recipe(kind="lm", save_every=2)
+    stage = wanted.stages[0]
+    student, _ = pair()
+    with begin_run(tmp_path / "run", wanted) as run:
+        seen: list[int] = []
+        run_stage(stage, student, None, store, run, lambda p: seen.append(p.step), lambda: len(seen) >= 5)
+        newest = sorted(run.checkpoints.iterdir())[-1] / "state.safetensors"
+        data = bytearray(newest.read_bytes())
+        data[-5] ^= 1
+        newest.write_bytes(data)
+    again, _ = pair()
+    with begin_run(tmp_path / "run", wanted) as run:
+        steps: list[int] = []
+        run_stage(stage, again, None, store, run, lambda p: steps.append(p.step))
+    assert steps[0] == 5  # from the checkpoint of step 4
