@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from radlads.cli.options import arg, opt
 from radlads.cli.render import Table
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from radlads.folder import ModelFolder
     from radlads.recipe import Recipe
     from radlads.runs import Run
+    from radlads.tokenizer import Tokenizer
 
 STOPPED = 75  # exit status of a run that was stopped and can be resumed
 
@@ -31,6 +32,14 @@ class TrainOptions:
     resume: Literal["auto", "never"] = opt("auto", "Go on with a run begun in the folder, or refuse to.")
     quiet: bool = opt(False, "Show no progress.", "--quiet")
     json: bool = opt(False, "Print one JSON document at the end.", "--json")
+
+
+class Inputs(NamedTuple):
+    """What a run starts from; no teacher where a new one is trained, no student where it is yet to be made."""
+
+    teacher: "ModelFolder | None"
+    tokenizer: "Tokenizer"
+    student: "ModelFolder | None"
 
 
 @dataclass
@@ -70,11 +79,12 @@ def train(options: TrainOptions) -> TrainResult:
 
     require_torch()
     recipe = chosen_recipe(options)
+    inputs = open_inputs(recipe, options.student)
     arch = f"-{recipe.student.arch}" if recipe.student else ""
     folder = Path(options.output_dir or f"runs/{recipe.name}{arch}")
     quiet = options.quiet or options.json
     with begin_run(folder, recipe, options.resume) as run, TrainingScreen(quiet) as screen, signals() as stop:
-        done = run_recipe(run, options.student, screen, stop)
+        done = run_recipe(run, inputs, screen, stop)
         if not done:
             status = 130 if stop["signal"] == signal.SIGINT else STOPPED
             return TrainResult(str(folder), str(run.model), "stopped", exit_status=status)
@@ -103,27 +113,43 @@ def chosen_recipe(options: TrainOptions) -> "Recipe":
     return load_recipe(options.recipe, overrides)
 
 
-def run_recipe(run: "Run", student: str | None, screen: Any, stop: dict[str, int]) -> bool:
-    """Train what the recipe of `run` says; False when it was stopped."""
-    from radlads.backends.torch.convert_run import check_order, convert, train_teacher
+def open_inputs(recipe: "Recipe", student: str | None) -> "Inputs":
+    """Everything the recipe names, checked before anything is written."""
+    from radlads.data.documents import kind_of
     from radlads.demo import resolve
     from radlads.folder import open_folder
     from radlads.tokenizer import Tokenizer
 
-    recipe, stopping = run.recipe, lambda: stop["signal"] != 0
+    for name in (*recipe.data.train, *recipe.data.valid):
+        kind_of(resolve(name))  # R301 for a file that is not there
     if recipe.init is not None:
         path = resolve(recipe.tokenizer or "")
         tokenizer = Tokenizer(path if path.is_dir() else path.parent, vocab_size=recipe.init_spec().vocab_size)
-        return train_teacher(run, tokenizer, screen.step, stopping)
-    assert recipe.student is not None
+        return Inputs(None, tokenizer, None)
+    from radlads.backends.torch.convert_run import check_order
+
     teacher = open_folder(resolve(recipe.teacher or ""))
-    tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)
-    step0 = Path(student) if student else run.stage_folder(0)
-    if not student and not step0.exists():
-        transfer(recipe, teacher, step0)
-    folder = open_folder(step0)
-    check_order(folder, recipe.stages[0])
-    return convert(run, teacher, folder, tokenizer, screen.step, screen.say, stopping)
+    begun = None if student is None else open_folder(student)
+    if begun is not None:
+        check_order(begun, recipe.stages[0])
+    return Inputs(teacher, Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size), begun)
+
+
+def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int]) -> bool:
+    """Train what the recipe of `run` says; False when it was stopped."""
+    from radlads.backends.torch.convert_run import convert, train_teacher
+    from radlads.folder import open_folder
+
+    def stopping() -> bool:
+        return stop["signal"] != 0
+
+    if inputs.teacher is None:
+        return train_teacher(run, inputs.tokenizer, screen.step, stopping)
+    step0 = run.stage_folder(0)
+    if inputs.student is None and not step0.exists():
+        transfer(run.recipe, inputs.teacher, step0)
+    student = inputs.student or open_folder(step0)
+    return convert(run, inputs.teacher, student, inputs.tokenizer, screen.step, screen.say, stopping)
 
 
 def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:
