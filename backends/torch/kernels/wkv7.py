@@ -17,13 +17,12 @@ from radlads.backends.torch.kernels.wkv7_triton import (
 
 WKV7_HEAD_SIZES = (32, 64, 96, 128)
 
-# (num_warps, num_stages, channels of a program) of each kernel at head sizes up to 64 and up to 128. The channels are values
-# in scan and reverse, keys in grad, and those taken at a time in solve.
+# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128.
 WKV7_LAUNCH = {
-    "solve": ((4, 1, 64), (4, 1, 128)),
-    "scan": ((4, 1, 64), (4, 1, 64)),
-    "reverse": ((4, 1, 64), (4, 1, 64)),
-    "grad": ((4, 1, 64), (4, 1, 64)),
+    "solve": ((4, 1), (4, 1)),
+    "scan": ((4, 1), (4, 1)),
+    "reverse": ((4, 1), (4, 1)),
+    "grad": ((4, 1), (4, 1)),
 }
 
 
@@ -91,32 +90,32 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
         "width": 128 if N > 64 else 64,
         "common": {"N": N, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **precision},
-        "tile": {name: choice[wide][2] for name, choice in WKV7_LAUNCH.items()},
         "launch": {
-            name: {"num_warps": choice[wide][0], "num_stages": choice[wide][1]} for name, choice in WKV7_LAUNCH.items()
+            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True))
+            for name, choice in WKV7_LAUNCH.items()
         },
     }
 
 
 def wkv7_solve(r: Tensor, log_w: Tensor, k: Tensor, a: Tensor, b: Tensor, scale: float, plan: dict[str, object]
-               ) -> tuple[Tensor, ...]:
-    """Each chunk's factors, as wkv7_solve_kernel names them: solve, a_rb, then those that the scan reads."""
-    H, N = r.shape[2:]
-    chunks, C = plan["chunks"], plan["C"]
-    pairs = [r.new_empty((chunks, H, C, C), dtype=plan["store"]) for _ in range(4)]
-    sides = [r.new_empty((chunks, H, C, N), dtype=plan["store"]) for _ in range(4)]
-    whole = r.new_empty((chunks, H, N), dtype=torch.float32)
-    wkv7_solve_kernel[(H, chunks)](
-        r, log_w, k, a, b, *pairs, *sides, whole, *plan["tables"], plan["T"], plan["NT"], H, scale,
-        **plan["common"], **plan["gates"], **plan["pairs"], BK=plan["tile"]["solve"], SOLVE_LEVELS=C.bit_length() - 1,
-        **plan["launch"]["solve"])
-    return *pairs, *sides, whole
+               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(I - A_ab)^-1 of each chunk and, where the decay is not bounded, the pair matrices A_ak, A_rb, A_rk (else empty)."""
+    H = r.shape[2]
+    pair = (plan["chunks"], H, plan["C"], plan["C"])
+    solve = r.new_empty(pair, dtype=plan["store"])
+    a_ak, a_rb, a_rk = (solve.new_empty(0 if plan["inline"] else pair) for _ in range(3))
+    wkv7_solve_kernel[(H, plan["chunks"])](
+        r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, *plan["tables"], plan["T"], plan["NT"], H, scale,
+        **plan["common"], **plan["pairs"], BN=plan["width"], SOLVE_LEVELS=plan["C"].bit_length() - 1,
+        INLINE=plan["inline"], **plan["launch"]["solve"])
+    return solve, a_ak, a_rb, a_rk
 
 
 @torch.library.custom_op("radlads::wkv7_forward", mutates_args=())
 def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                     cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-     
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state, u, state before each chunk, solve); the last three are for the backward, else empty."""
     H, N = r.shape[2:]
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, _, chunk_start = plan["tables"]
@@ -125,9 +124,9 @@ def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b
     final = r.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     u = torch.empty_like(r if save else r[:0])
     checkpoint = r.new_empty((plan["chunks"], H, N, N) if save else 0)
-    wkv7_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
+    wkv7_scan_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
         r, log_w, k, v, a, b, solve, *pairs, state, out, u, checkpoint, final, cu, chunk_start,
-        plan["T"], plan["NT"], H, v.shape[2], scale, **plan["common"], BK=64, BV=plan["tile"]["scan"], INLINE=plan["inline"],
+        plan["T"], plan["NT"], H, v.shape[2], scale, **plan["common"], BK=64, BV=64, INLINE=plan["inline"],
         HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     return out, final, u, checkpoint, solve if save else solve.new_empty(0)
 
@@ -165,13 +164,13 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     d_log_w = torch.empty_like(log_w)
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    wkv7_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
+    wkv7_reverse_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
         r, log_w, k, a, b, solve, *pairs, d_out, None if d_final is None else d_final.contiguous(), du, dv, d_checkpoint,
-        d_state, cu, chunk_start, *sizes, scale, **plan["common"], BK=64, BV=plan["tile"]["reverse"], INLINE=plan["inline"],
+        d_state, cu, chunk_start, *sizes, scale, **plan["common"], BK=64, BV=64, INLINE=plan["inline"],
         HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
-    wkv7_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]), H, plan["chunks"])](
+    wkv7_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
         r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
-        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["pairs"], BK=plan["tile"]["grad"], BV=plan["width"],
+        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["pairs"], BK=64, BV=plan["width"],
         **plan["launch"]["grad"])
     if Hv != H:
         dv = dv.view(B, T, Hv, H // Hv, N).sum(3, dtype=torch.float32).to(v.dtype)

@@ -37,23 +37,12 @@ def wkv7_inverse(A, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
     return inverse
 
 
-@triton.jit
-def wkv7_half_decay(x, row, C: tl.constexpr, LATE: tl.constexpr):
-    """exp of the decay over one half of the chunk, per key channel."""
-    mine = (row >= C // 2) if LATE else (row < C // 2)
-    return decay_exp(tl.sum(tl.where(mine[:, None], x.to(tl.float32), 0.0), 0))
-
-
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_rb, from_v, out_v, from_state, out_state, keys, betas, whole,
-                      cu_seqlens, chunk_seq, chunk_start, T, NT, H, scale,
-                      N: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
+def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu_seqlens, chunk_seq, chunk_start, T, NT, H, scale,
+                      N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
                       CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
-                      SOLVE_PREC: tl.constexpr, SOLVE_LEVELS: tl.constexpr, VARLEN: tl.constexpr):
-    """All of one chunk that does not depend on the state or the values, so that the scans only multiply.
-
-    u = from_v v + from_state S_0 ;  out = out_v v + out_state S_0 ;  S_C = whole S_0 + keys^T v + betas^T u.
-    """
+                      SOLVE_PREC: tl.constexpr, SOLVE_LEVELS: tl.constexpr, INLINE: tl.constexpr,
+                      VARLEN: tl.constexpr):
     h = tl.program_id(0)
     chunk = tl.program_id(1)
     if VARLEN:
@@ -70,63 +59,72 @@ def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_rb, from_v, out_v, from_state,
     base = (begin + first).to(tl.int64) * H * N + h * N
     stride = H * N
     row = tl.arange(0, C)
+    col = tl.arange(0, BN)
+    x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
     A = tl.zeros((C, C), tl.float32)
     ak = tl.zeros((C, C), tl.float32)
     rb = tl.zeros((C, C), tl.float32)
     rk = tl.zeros((C, C), tl.float32)
-    for block in range(0, N, BK):
-        col = block + tl.arange(0, BK)
-        x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
-        past = decay_exp(-x.to(tl.float32))
-        for level in tl.static_range(LEVELS):
-            query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
-            strict = decay_pair_mask(level, C, DIAG, True)
+    past = decay_exp(-x.to(tl.float32))
+    for level in tl.static_range(LEVELS):
+        query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
+        strict = decay_pair_mask(level, C, DIAG, True)
+        aq = (tile_load(a + base, row, col, length, stride, N) * (query * past)).to(DOT)
+        bk = (tile_load(b + base, row, col, length, stride, N) * key).to(DOT)
+        A += tl.where(strict, tl.dot(aq, tl.trans(bk), input_precision=PREC), 0.0)
+        if not INLINE:
             causal = decay_pair_mask(level, C, DIAG, False)
-            aq = (tile_load(a + base, row, col, length, stride, N) * (query * past)).to(DOT)
-            bk = (tile_load(b + base, row, col, length, stride, N) * key).to(DOT)
-            A += tl.where(strict, tl.dot(aq, tl.trans(bk), input_precision=PREC), 0.0)
             rq = (tile_load(r + base, row, col, length, stride, N) * (query * scale)).to(DOT)
             kk = (tile_load(k + base, row, col, length, stride, N) * key).to(DOT)
             ak += tl.where(strict, tl.dot(aq, tl.trans(kk), input_precision=PREC), 0.0)
             rb += tl.where(causal, tl.dot(rq, tl.trans(bk), input_precision=PREC), 0.0)
             rk += tl.where(causal, tl.dot(rq, tl.trans(kk), input_precision=PREC), 0.0)
     cell = (chunk * H + h).to(tl.int64) * C * C + row[:, None] * C + row[None, :]
-    inverse = wkv7_inverse(A, C, SOLVE_LEVELS, SOLVE_PREC).to(DOT)
-    rb = rb.to(DOT)
-    tl.store(solve + cell, inverse)
-    tl.store(a_rb + cell, rb)
-    uv = tl.dot(inverse, ak.to(DOT), input_precision=PREC).to(DOT)
-    tl.store(from_v + cell, uv)
-    tl.store(out_v + cell, tl.dot(rb, uv, rk, input_precision=PREC).to(DOT))
-    tile = (chunk * H + h).to(tl.int64) * C * N
-    for block in range(0, N, BK):
-        col = block + tl.arange(0, BK)
-        x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
-        tl.store(whole + (chunk * H + h) * N + col, decay_exp(tl.sum(x.to(tl.float32), 0)), mask=col < N)
-        query = decay_query_state(x, C, GATE_PREC)
-        aq = (tile_load(a + base, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
-        us = tl.dot(inverse, aq, input_precision=PREC).to(DOT)
-        tile_store(from_state + tile, us, row, col, C, N, N)
-        rq = tile_load(r + base, row, col, length, stride, N) * (query * scale)
-        tile_store(out_state + tile, tl.dot(rb, us, rq, input_precision=PREC), row, col, C, N, N)
-        key = decay_key_state(x, C, GATE_PREC)
-        tile_store(keys + tile, tile_load(k + base, row, col, length, stride, N) * key, row, col, C, N, N)
-        tile_store(betas + tile, tile_load(b + base, row, col, length, stride, N) * key, row, col, C, N, N)
+    tl.store(solve + cell, wkv7_inverse(A, C, SOLVE_LEVELS, SOLVE_PREC).to(DOT))
+    if not INLINE:
+        tl.store(a_ak + cell, ak.to(DOT))
+        tl.store(a_rb + cell, rb.to(DOT))
+        tl.store(a_rk + cell, rk.to(DOT))
 
 
 @triton.jit
-def wkv7_block(base, row, col, N: tl.constexpr, BK: tl.constexpr):
-    """Loads one block of key channels of a chunk's factors."""
-    if N % BK == 0:
-        return tl.load(base + row[:, None] * N + col[None, :])
-    return tl.load(base + row[:, None] * N + col[None, :], mask=(col < N)[None, :], other=0.0)
+def wkv7_half_decay(x, row, C: tl.constexpr, LATE: tl.constexpr):
+    """exp of the decay over one half of the chunk, per key channel."""
+    mine = (row >= C // 2) if LATE else (row < C // 2)
+    return decay_exp(tl.sum(tl.where(mine[:, None], x.to(tl.float32), 0.0), 0))
+
+
+@triton.jit
+def wkv7_factors(r, log_w, k, a, b, row, col, length, stride, scale, N: tl.constexpr, C: tl.constexpr,
+                 CLAMP: tl.constexpr, DOT: tl.constexpr, GATE_PREC: tl.constexpr, INLINE: tl.constexpr):
+    """Decayed r, a, k, b of one block of key channels, and the decays of the state around them.
+
+    INLINE (bounded decay): relative to the middle of the chunk, so that their products are the pairs' decays too; the
+    state decays to the middle and from there to the end. Else: relative to the state at the chunk's start (r, a) or end.
+    """
+    x = gate_load(log_w, row, col, length, stride, N, CLAMP)
+    if INLINE:
+        query, key = decay_pair_factors(x, 0, C, C, GATE_PREC)
+        first = wkv7_half_decay(x, row, C, False)[:, None]
+        last = wkv7_half_decay(x, row, C, True)[:, None]
+    else:
+        query = decay_query_state(x, C, GATE_PREC)
+        key = decay_key_state(x, C, GATE_PREC)
+        first = decay_exp(tl.sum(x.to(tl.float32), 0))[:, None]
+        last = first
+    kk = (tile_load(k, row, col, length, stride, N) * key).to(DOT)
+    bk = (tile_load(b, row, col, length, stride, N) * key).to(DOT)
+    rq = (tile_load(r, row, col, length, stride, N) * (query * scale)).to(DOT)
+    aq = (tile_load(a, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
+    return rq, kk, aq, bk, first, last
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv7_scan_kernel(v, from_v, out_v, from_state, out_state, keys, betas, whole, state_in, out, u_out, checkpoint, state_out,
-                     cu_seqlens, chunk_start, T, NT, H, HV,
-                     N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-                     PREC: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr, VARLEN: tl.constexpr):
+def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, out, u_out, checkpoint, state_out,
+                     cu_seqlens, chunk_start, T, NT, H, HV, scale,
+                     N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
+                     DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, INLINE: tl.constexpr,
+                     HAS_STATE: tl.constexpr, SAVE: tl.constexpr, VARLEN: tl.constexpr):
     """One value tile of one head of one sequence: outputs, and for training u and the state before each chunk.
 
     Key channels are held in up to two blocks (0 and 1) of BK: a tile of 128 channels takes too many registers.
@@ -146,7 +144,6 @@ def wkv7_scan_kernel(v, from_v, out_v, from_state, out_state, keys, betas, whole
     col0 = tl.arange(0, BK)
     col1 = BK + tl.arange(0, BK)
     val = tile * BV + tl.arange(0, BV)
-    cell = row[:, None] * C + row[None, :]
     stride = H * N
     stride_v = HV * N
     base = tl.cast(begin, tl.int64) * stride + h * N
@@ -157,35 +154,68 @@ def wkv7_scan_kernel(v, from_v, out_v, from_state, out_state, keys, betas, whole
     if HAS_STATE:
         state0 = tl.trans(tile_load(state_in + corner, val, col0, N, N, N))
         state1 = tl.trans(tile_load(state_in + corner, val, col1, N, N, N))
+    causal = row[:, None] >= row[None, :]
+    strict = row[:, None] > row[None, :]
     for _ in range(0, tl.cdiv(length, C)):
-        place = chunk * H + h
-        saved = checkpoint + place * N * N
-        factors = place * C * N
-        vv = tile_load(v + base_v, row, val, length, stride_v, N).to(DOT)
-        old0 = state0.to(DOT)
         if SAVE:
-            tile_store(saved, old0, col0, val, N, N, N)
-        u = tl.dot(tl.load(from_v + place * C * C + cell), vv, input_precision=PREC)
-        o = tl.dot(tl.load(out_v + place * C * C + cell), vv, input_precision=PREC)
-        u = tl.dot(wkv7_block(from_state + factors, row, col0, N, BK), old0, u, input_precision=PREC)
-        o = tl.dot(wkv7_block(out_state + factors, row, col0, N, BK), old0, o, input_precision=PREC)
+            saved = checkpoint + (chunk * H + h) * N * N
+            tile_store(saved, state0, col0, val, N, N, N)
+            if N > BK:
+                tile_store(saved, state1, col1, val, N, N, N)
+        rq0, kk0, aq0, bk0, first0, last0 = wkv7_factors(
+            r + base, log_w + base, k + base, a + base, b + base, row, col0, length, stride, scale, N, C, CLAMP, DOT,
+            GATE_PREC, INLINE)
+        if N > BK:
+            rq1, kk1, aq1, bk1, first1, last1 = wkv7_factors(
+                r + base, log_w + base, k + base, a + base, b + base, row, col1, length, stride, scale, N, C, CLAMP, DOT,
+                GATE_PREC, INLINE)
+        vv = tile_load(v + base_v, row, val, length, stride_v, N).to(DOT)
+        cell = (chunk * H + h) * C * C + row[:, None] * C + row[None, :]
+        if INLINE:
+            state0 *= first0
+            if N > BK:
+                state1 *= first1
+            ak = tl.dot(aq0, tl.trans(kk0), input_precision=PREC)
+            rk = tl.dot(rq0, tl.trans(kk0), input_precision=PREC)
+            rb = tl.dot(rq0, tl.trans(bk0), input_precision=PREC)
+            if N > BK:
+                ak = tl.dot(aq1, tl.trans(kk1), ak, input_precision=PREC)
+                rk = tl.dot(rq1, tl.trans(kk1), rk, input_precision=PREC)
+                rb = tl.dot(rq1, tl.trans(bk1), rb, input_precision=PREC)
+            ak = tl.where(strict, ak, 0.0).to(DOT)
+            rk = tl.where(causal, rk, 0.0).to(DOT)
+            rb = tl.where(causal, rb, 0.0).to(DOT)
+        else:
+            ak = tl.load(a_ak + cell)
+            rk = tl.load(a_rk + cell)
+            rb = tl.load(a_rb + cell)
+        old0 = state0.to(DOT)
+        u = tl.dot(ak, vv, input_precision=PREC)
+        u = tl.dot(aq0, old0, u, input_precision=PREC)
+        o = tl.dot(rk, vv, input_precision=PREC)
+        o = tl.dot(rq0, old0, o, input_precision=PREC)
         if N > BK:
             old1 = state1.to(DOT)
-            if SAVE:
-                tile_store(saved, old1, col1, val, N, N, N)
-            u = tl.dot(wkv7_block(from_state + factors, row, col1, N, BK), old1, u, input_precision=PREC)
-            o = tl.dot(wkv7_block(out_state + factors, row, col1, N, BK), old1, o, input_precision=PREC)
-        u = u.to(DOT)
+            u = tl.dot(aq1, old1, u, input_precision=PREC)
+            o = tl.dot(rq1, old1, o, input_precision=PREC)
+        u = tl.dot(tl.load(solve + cell), u.to(DOT), input_precision=PREC).to(DOT)
+        o = tl.dot(rb, u, o, input_precision=PREC)
         tile_store(out + base, o, row, val, length, stride, N)
         if SAVE:
             tile_store(u_out + base, u, row, val, length, stride, N)
-        state0 *= tl.load(whole + place * N + col0, mask=col0 < N, other=0.0)[:, None]
-        state0 = tl.dot(tl.trans(wkv7_block(keys + factors, row, col0, N, BK)), vv, state0, input_precision=PREC)
-        state0 = tl.dot(tl.trans(wkv7_block(betas + factors, row, col0, N, BK)), u, state0, input_precision=PREC)
+        if not INLINE:
+            state0 *= first0
+            if N > BK:
+                state1 *= first1
+        state0 = tl.dot(tl.trans(kk0), vv, state0, input_precision=PREC)
+        state0 = tl.dot(tl.trans(bk0), u, state0, input_precision=PREC)
         if N > BK:
-            state1 *= tl.load(whole + place * N + col1, mask=col1 < N, other=0.0)[:, None]
-            state1 = tl.dot(tl.trans(wkv7_block(keys + factors, row, col1, N, BK)), vv, state1, input_precision=PREC)
-            state1 = tl.dot(tl.trans(wkv7_block(betas + factors, row, col1, N, BK)), u, state1, input_precision=PREC)
+            state1 = tl.dot(tl.trans(kk1), vv, state1, input_precision=PREC)
+            state1 = tl.dot(tl.trans(bk1), u, state1, input_precision=PREC)
+        if INLINE:
+            state0 *= last0
+            if N > BK:
+                state1 *= last1
         base += C * stride
         base_v += C * stride_v
         length -= C
@@ -196,10 +226,11 @@ def wkv7_scan_kernel(v, from_v, out_v, from_state, out_state, keys, betas, whole
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv7_reverse_kernel(solve, a_rb, from_v, out_v, from_state, out_state, keys, betas, whole, d_out, d_state_out, du_out, dv,
-                        d_checkpoint, d_state_in, cu_seqlens, chunk_start, T, NT, H,
-                        N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
-                        PREC: tl.constexpr, HAS_STATE: tl.constexpr, NEED_STATE: tl.constexpr, VARLEN: tl.constexpr):
+def wkv7_reverse_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, d_out, d_state_out, du_out, dv, d_checkpoint,
+                        d_state_in, cu_seqlens, chunk_start, T, NT, H, scale,
+                        N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
+                        DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, INLINE: tl.constexpr,
+                        HAS_STATE: tl.constexpr, NEED_STATE: tl.constexpr, VARLEN: tl.constexpr):
     """The scan from the end: d(u) and d(v) of each token and d(state) after each chunk, of one value tile."""
     tile = tl.program_id(0)
     h = tl.program_id(1)
@@ -216,7 +247,6 @@ def wkv7_reverse_kernel(solve, a_rb, from_v, out_v, from_state, out_state, keys,
     col0 = tl.arange(0, BK)
     col1 = BK + tl.arange(0, BK)
     val = tile * BV + tl.arange(0, BV)
-    cell = row[:, None] * C + row[None, :]
     stride = H * N
     corner = (seq * H + h).to(tl.int64) * N * N
     d_state0 = tl.zeros((BK, BV), tl.float32)
@@ -224,40 +254,70 @@ def wkv7_reverse_kernel(solve, a_rb, from_v, out_v, from_state, out_state, keys,
     if HAS_STATE:
         d_state0 = tl.trans(tile_load(d_state_out + corner, val, col0, N, N, N))
         d_state1 = tl.trans(tile_load(d_state_out + corner, val, col1, N, N, N))
+    causal = row[:, None] >= row[None, :]
+    strict = row[:, None] > row[None, :]
     chunks = tl.cdiv(length, C)
     base = (tl.cast(begin, tl.int64) + (chunks - 1) * C) * stride + h * N
     chunk += chunks - 1
     length -= (chunks - 1) * C
     for _ in range(0, chunks):
-        place = chunk * H + h
-        saved = d_checkpoint + place * N * N
-        factors = place * C * N
+        saved = d_checkpoint + (chunk * H + h) * N * N
+        tile_store(saved, d_state0, col0, val, N, N, N)
+        if N > BK:
+            tile_store(saved, d_state1, col1, val, N, N, N)
+        rq0, kk0, aq0, bk0, first0, last0 = wkv7_factors(
+            r + base, log_w + base, k + base, a + base, b + base, row, col0, length, stride, scale, N, C, CLAMP, DOT,
+            GATE_PREC, INLINE)
+        if N > BK:
+            rq1, kk1, aq1, bk1, first1, last1 = wkv7_factors(
+                r + base, log_w + base, k + base, a + base, b + base, row, col1, length, stride, scale, N, C, CLAMP, DOT,
+                GATE_PREC, INLINE)
         do = tile_load(d_out + base, row, val, length, stride, N).to(DOT)
+        cell = (chunk * H + h) * C * C + row[:, None] * C + row[None, :]
+        if INLINE:
+            d_state0 *= last0
+            if N > BK:
+                d_state1 *= last1
+            ak = tl.dot(aq0, tl.trans(kk0), input_precision=PREC)
+            rk = tl.dot(rq0, tl.trans(kk0), input_precision=PREC)
+            rb = tl.dot(rq0, tl.trans(bk0), input_precision=PREC)
+            if N > BK:
+                ak = tl.dot(aq1, tl.trans(kk1), ak, input_precision=PREC)
+                rk = tl.dot(rq1, tl.trans(kk1), rk, input_precision=PREC)
+                rb = tl.dot(rq1, tl.trans(bk1), rb, input_precision=PREC)
+            ak = tl.where(strict, ak, 0.0).to(DOT)
+            rk = tl.where(causal, rk, 0.0).to(DOT)
+            rb = tl.where(causal, rb, 0.0).to(DOT)
+        else:
+            ak = tl.load(a_ak + cell)
+            rk = tl.load(a_rk + cell)
+            rb = tl.load(a_rb + cell)
         old0 = d_state0.to(DOT)
-        tile_store(saved, old0, col0, val, N, N, N)
-        # d(u) before the outputs' share of it, which out_v and out_state already carry.
-        after = tl.dot(wkv7_block(betas + factors, row, col0, N, BK), old0, input_precision=PREC)
-        v_grad = tl.dot(wkv7_block(keys + factors, row, col0, N, BK), old0, input_precision=PREC)
+        du = tl.dot(tl.trans(rb), do, input_precision=PREC)
+        du = tl.dot(bk0, old0, du, input_precision=PREC)
+        v_grad = tl.dot(tl.trans(rk), do, input_precision=PREC)
+        v_grad = tl.dot(kk0, old0, v_grad, input_precision=PREC)
         if N > BK:
             old1 = d_state1.to(DOT)
-            tile_store(saved, old1, col1, val, N, N, N)
-            after = tl.dot(wkv7_block(betas + factors, row, col1, N, BK), old1, after, input_precision=PREC)
-            v_grad = tl.dot(wkv7_block(keys + factors, row, col1, N, BK), old1, v_grad, input_precision=PREC)
-        v_grad = tl.dot(tl.trans(tl.load(out_v + place * C * C + cell)), do, v_grad, input_precision=PREC)
-        du = tl.dot(tl.trans(tl.load(a_rb + place * C * C + cell)), do, after, input_precision=PREC)
-        after = after.to(DOT)
-        v_grad = tl.dot(tl.trans(tl.load(from_v + place * C * C + cell)), after, v_grad, input_precision=PREC)
-        tile_store(dv + base, v_grad, row, val, length, stride, N)
-        du = tl.dot(tl.trans(tl.load(solve + place * C * C + cell)), du.to(DOT), input_precision=PREC)
+            du = tl.dot(bk1, old1, du, input_precision=PREC)
+            v_grad = tl.dot(kk1, old1, v_grad, input_precision=PREC)
+        du = tl.dot(tl.trans(tl.load(solve + cell)), du.to(DOT), input_precision=PREC).to(DOT)
+        v_grad = tl.dot(tl.trans(ak), du, v_grad, input_precision=PREC)
         tile_store(du_out + base, du, row, val, length, stride, N)
-        d_state0 *= tl.load(whole + place * N + col0, mask=col0 < N, other=0.0)[:, None]
-        d_state0 = tl.dot(tl.trans(wkv7_block(out_state + factors, row, col0, N, BK)), do, d_state0, input_precision=PREC)
-        d_state0 = tl.dot(tl.trans(wkv7_block(from_state + factors, row, col0, N, BK)), after, d_state0, input_precision=PREC)
+        tile_store(dv + base, v_grad, row, val, length, stride, N)
+        if not INLINE:
+            d_state0 *= first0
+            if N > BK:
+                d_state1 *= first1
+        d_state0 = tl.dot(tl.trans(rq0), do, d_state0, input_precision=PREC)
+        d_state0 = tl.dot(tl.trans(aq0), du, d_state0, input_precision=PREC)
         if N > BK:
-            d_state1 *= tl.load(whole + place * N + col1, mask=col1 < N, other=0.0)[:, None]
-            d_state1 = tl.dot(tl.trans(wkv7_block(out_state + factors, row, col1, N, BK)), do, d_state1, input_precision=PREC)
-            d_state1 = tl.dot(tl.trans(wkv7_block(from_state + factors, row, col1, N, BK)), after, d_state1,
-                              input_precision=PREC)
+            d_state1 = tl.dot(tl.trans(rq1), do, d_state1, input_precision=PREC)
+            d_state1 = tl.dot(tl.trans(aq1), du, d_state1, input_precision=PREC)
+        if INLINE:
+            d_state0 *= first0
+            if N > BK:
+                d_state1 *= first1
         base -= C * stride
         length += C
         chunk -= 1
