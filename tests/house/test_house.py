@@ -96,7 +96,14 @@ def test_no_drawers() -> None:
     "code", ["import radlads", "import sys; sys.argv = ['radlads', '--help']; from radlads.cli.main import main; main()"]
 )
 def test_import_and_help_are_light(code: str) -> None:
-    probe = f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\nprint('LOADED', *[m for m in {HEAVY!r} if m in sys.modules])"
+    probe = f"""
+import sys
+try:
+    exec({code!r})
+except SystemExit:
+    pass
+print("LOADED", *(m for m in {HEAVY!r} if m in sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     loaded = done.stdout.splitlines()[-1].split()[1:]
     heavy = set(loaded) - {"pydantic"} if "main" in code else set(loaded)  # typer itself brings pydantic
