@@ -53,6 +53,25 @@ def decay_sum(selected, x, PREC: tl.constexpr):
 
 
 @triton.jit
+def split_dot(x, y, acc, DOT: tl.constexpr, PREC: tl.constexpr, EXACT: tl.constexpr):
+    """acc + x y of float32 operands (x exact in bfloat16 where EXACT), by bfloat16 products of their high and low parts.
+
+    Sixteen bits of each operand, against eleven of a tf32 product, which also has to turn y around in shared memory.
+    """
+    if DOT == tl.bfloat16:
+        high = x.to(DOT)
+        y_high = y.to(DOT)
+        y_low = (y - y_high.to(tl.float32)).to(DOT)
+        acc = tl.dot(high, y_low, acc)
+        if not EXACT:
+            acc = tl.dot((x - high.to(tl.float32)).to(DOT), y_high, acc)
+        acc = tl.dot(high, y_high, acc)
+    else:
+        acc = tl.dot(x.to(tl.float32), y, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
 def decay_exp(x):
     return tl.exp2(x * 1.4426950408889634)
 

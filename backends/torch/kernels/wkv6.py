@@ -17,12 +17,13 @@ from radlads.backends.torch.kernels.wkv6_triton import (
 
 WKV6_HEAD_SIZES = (32, 64, 96, 128)
 
-# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128.
+# (num_warps, num_stages, channels of a program) of each kernel at head sizes up to 64 and up to 128. The channels are values
+# in scan and reverse, keys in grad, and those taken at a time in intra.
 WKV6_LAUNCH = {
-    "intra": ((4, 1), (4, 1)),
-    "scan": ((4, 1), (4, 1)),
-    "reverse": ((4, 1), (4, 1)),
-    "grad": ((4, 1), (4, 1)),
+    "intra": ((4, 1, 64), (4, 1, 64)),
+    "scan": ((4, 1, 64), (4, 1, 64)),
+    "reverse": ((4, 1, 64), (4, 1, 64)),
+    "grad": ((4, 1, 64), (4, 1, 64)),
 }
 
 
@@ -82,11 +83,11 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
         "chunks": B * NT if chunk_seq is None else chunk_seq.numel(),
         "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C,
         "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag)},
-        "common": {"N": N, "BK": 64, "C": C, "CLAMP": clamp,
+        "common": {"N": N, "C": C, "CLAMP": clamp,
                    "VARLEN": cu_seqlens is not None, **chunk_precision(q.dtype, q.device)},
+        "tile": {name: choice[wide][2] for name, choice in WKV6_LAUNCH.items()},
         "launch": {
-            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True))
-            for name, choice in WKV6_LAUNCH.items()
+            name: {"num_warps": choice[wide][0], "num_stages": choice[wide][1]} for name, choice in WKV6_LAUNCH.items()
         },
     }
 
@@ -105,10 +106,10 @@ def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tenso
     pairs = q.new_empty((chunks, H, C, C))
     sizes = (plan["T"], plan["NT"], H, k.shape[2], scale)
     wkv6_intra_kernel[(H, chunks)](q, log_w, k, pairs, cu, chunk_seq, chunk_start, *sizes,
-                                   **plan["common"], **plan["pairs"], **plan["launch"]["intra"])
-    wkv6_scan_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
+                                   **plan["common"], **plan["pairs"], BK=plan["tile"]["intra"], **plan["launch"]["intra"])
+    wkv6_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
         q, log_w, k, v, pairs, state, out, checkpoint, final, cu, chunk_start, *sizes, **plan["common"],
-        BV=64, HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+        BK=64, BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     return out, final, checkpoint
 
 
@@ -136,15 +137,16 @@ def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor
     d_out = d_out.contiguous()
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = q.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    wkv6_reverse_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
+    wkv6_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
         q, log_w, d_out, None if d_final is None else d_final.contiguous(), d_checkpoint, d_state, cu, chunk_start,
-        plan["T"], plan["NT"], H, scale, **plan["common"], BV=64, HAS_STATE=d_final is not None, NEED_STATE=need_state,
+        plan["T"], plan["NT"], H, scale, **plan["common"], BK=64,
+        BV=plan["tile"]["reverse"], HAS_STATE=d_final is not None, NEED_STATE=need_state,
         **plan["launch"]["reverse"])
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     d_log_w = torch.empty_like(log_w)
-    wkv6_grad_kernel[(triton.cdiv(N, 64) + 1, H, plan["chunks"])](
+    wkv6_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]) + 1, H, plan["chunks"])](
         q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, dv, cu, chunk_seq, chunk_start,
-        plan["T"], plan["NT"], H, Hk, scale, **plan["common"], **plan["pairs"], BV=128 if N > 64 else 64,
+        plan["T"], plan["NT"], H, Hk, scale, **plan["common"], **plan["pairs"], BK=plan["tile"]["grad"], BV=128 if N > 64 else 64,
         **plan["launch"]["grad"])
     if Hk != H:
         dk, dv = (x.view(B, T, Hk, H // Hk, N).sum(3, dtype=torch.float32).to(q.dtype) for x in (dk, dv))

@@ -10,6 +10,7 @@ from radlads.backends.torch.kernels.chunks import (
     decay_pair_mask,
     decay_query_state,
     gate_load,
+    split_dot,
     tile_load,
     tile_store,
 )
@@ -222,12 +223,12 @@ def wkv6_key_channels(q, log_w, k, v, d_out, state, d_state, dq, d_log_w, dk, ro
     read *= decay_query_state(x, C, GATE_PREC)
     tile_store(dq, (q_grad + read) * scale, row, col, length, stride, N)
     z += tile_load(q, row, col, length, stride, N) * (read * scale)
-    w_grad = tl.dot((row[:, None] <= row[None, :]).to(tl.float32), z, input_precision=PREC)
+    w_grad = split_dot(row[:, None] <= row[None, :], z, tl.zeros(z.shape, tl.float32), DOT, PREC, True)
     write = tl.dot(values, tl.trans(tile_load(d_state, col, val, N, N, N)), input_precision=PREC)
     write *= decay_key_state(x, C, GATE_PREC)
     tile_store(dk, k_grad + write, row, col, length, stride, N)
     write *= tile_load(k, row, col, length, stride_k, N)
-    w_grad = tl.dot((row[:, None] > row[None, :]).to(tl.float32), write, w_grad, input_precision=PREC)
+    w_grad = split_dot(row[:, None] > row[None, :], write, w_grad, DOT, PREC, True)
     across = tl.sum(tile_load(state, col, val, N, N, N).to(tl.float32) * tile_load(d_state, col, val, N, N, N), 1)
     across *= decay_exp(tl.sum(x.to(tl.float32), 0))
     tile_store(d_log_w, w_grad + across[None, :], row, col, length, stride, N)

@@ -17,12 +17,13 @@ from radlads.backends.torch.kernels.wkv7_triton import (
 
 WKV7_HEAD_SIZES = (32, 64, 96, 128)
 
-# (num_warps, num_stages) of each kernel at head sizes up to 64 and up to 128.
+# (num_warps, num_stages, channels at a time) of each kernel at head sizes up to 64 and up to 128; the channels are those of
+# the values in scan and reverse, of the keys in solve and grad.
 WKV7_LAUNCH = {
-    "solve": ((4, 1), (4, 1)),
-    "scan": ((4, 1), (4, 1)),
-    "reverse": ((4, 1), (4, 1)),
-    "grad": ((4, 1), (4, 1)),
+    "solve": ((4, 1, 64), (4, 1, 64)),
+    "scan": ((4, 1, 64), (4, 1, 64)),
+    "reverse": ((4, 1, 64), (4, 1, 64)),
+    "grad": ((4, 1, 64), (4, 1, 64)),
 }
 
 
@@ -84,69 +85,67 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
         "chunks": B * NT if chunk_seq is None else chunk_seq.numel(),
         "store": torch.bfloat16 if precision["PREC"] == "tf32" else torch.float32,
         "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C,
-        "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag),
-                  "SOLVE_PREC": precision["PREC"]},
-        "inline": diag == C,
+        "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag)},
         "width": 128 if N > 64 else 64,
-        "common": {"N": N, "C": C, "CLAMP": clamp,
-                   "VARLEN": cu_seqlens is not None, **precision},
+        "common": {"N": N, "C": C, "VARLEN": cu_seqlens is not None, "DOT": precision["DOT"], "PREC": precision["PREC"]},
+        "gates": {"CLAMP": clamp, "GATE_PREC": precision["GATE_PREC"]},
+        "tile": {name: choice[wide][2] for name, choice in WKV7_LAUNCH.items()},
         "launch": {
-            name: dict(zip(("num_warps", "num_stages"), choice[wide], strict=True))
-            for name, choice in WKV7_LAUNCH.items()
+            name: {"num_warps": choice[wide][0], "num_stages": choice[wide][1]} for name, choice in WKV7_LAUNCH.items()
         },
     }
 
 
 def wkv7_solve(r: Tensor, log_w: Tensor, k: Tensor, a: Tensor, b: Tensor, scale: float, plan: dict[str, object]
-               ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(I - A_ab)^-1 of each chunk and, where the decay is not bounded, the pair matrices A_ak, A_rb, A_rk (else empty)."""
-    H = r.shape[2]
-    pair = (plan["chunks"], H, plan["C"], plan["C"])
-    solve = r.new_empty(pair, dtype=plan["store"])
-    a_ak, a_rb, a_rk = (solve.new_empty(0 if plan["inline"] else pair) for _ in range(3))
-    wkv7_solve_kernel[(H, plan["chunks"])](
-        r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, *plan["tables"], plan["T"], plan["NT"], H, scale,
-        **plan["common"], **plan["pairs"], BN=plan["width"], SOLVE_LEVELS=plan["C"].bit_length() - 1,
-        INLINE=plan["inline"], **plan["launch"]["solve"])
-    return solve, a_ak, a_rb, a_rk
+               ) -> tuple[Tensor, ...]:
+    """Each chunk's factors, as wkv7_solve_kernel names them: solve, a_rb, then those that the scan reads."""
+    H, N = r.shape[2:]
+    chunks, C = plan["chunks"], plan["C"]
+    pairs = [r.new_empty((chunks, H, C, C), dtype=plan["store"]) for _ in range(4)]
+    sides = [r.new_empty((chunks, H, C, N), dtype=plan["store"]) for _ in range(4)]
+    whole = r.new_empty((chunks, H, N), dtype=torch.float32)
+    wkv7_solve_kernel[(H, chunks)](
+        r, log_w, k, a, b, *pairs, *sides, whole, *plan["tables"], plan["T"], plan["NT"], H, scale,
+        **plan["common"], **plan["gates"], **plan["pairs"], BK=plan["tile"]["solve"], SOLVE_LEVELS=C.bit_length() - 1,
+        **plan["launch"]["solve"])
+    return *pairs, *sides, whole
 
 
 @torch.library.custom_op("radlads::wkv7_forward", mutates_args=())
 def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                     cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, final state, u, state before each chunk, solve); the last three are for the backward, else empty."""
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state, u, state before each chunk); the last two are for the backward, else empty."""
     H, N = r.shape[2:]
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, _, chunk_start = plan["tables"]
-    solve, *pairs = wkv7_solve(r, log_w, k, a, b, scale, plan)
+    _, _, *factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
     out = torch.empty_like(r)
     final = r.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     u = torch.empty_like(r if save else r[:0])
     checkpoint = r.new_empty((plan["chunks"], H, N, N) if save else 0)
-    wkv7_scan_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
-        r, log_w, k, v, a, b, solve, *pairs, state, out, u, checkpoint, final, cu, chunk_start,
-        plan["T"], plan["NT"], H, v.shape[2], scale, **plan["common"], BK=64, BV=64, INLINE=plan["inline"],
+    wkv7_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
+        v, *factors, state, out, u, checkpoint, final, cu, chunk_start,
+        plan["T"], plan["NT"], H, v.shape[2], **plan["common"], BK=64, BV=plan["tile"]["scan"],
         HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
-    return out, final, u, checkpoint, solve if save else solve.new_empty(0)
+    return out, final, u, checkpoint
 
 
 @wkv7_forward_op.register_fake
 def wkv7_forward_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                       cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, N = r.shape
     C = 64 if v.dtype == torch.bfloat16 else 32
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + seqs
     return (torch.empty_like(r), r.new_empty((seqs, H, N, N), dtype=torch.float32),
-            torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0),
-            r.new_empty((chunks, H, C, C) if save else 0))
+            torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0))
 
 
 @torch.library.custom_op("radlads::wkv7_backward", mutates_args=())
 def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                     b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, cu_seqlens: Tensor | None,
+                     b: Tensor, u: Tensor, checkpoint: Tensor, cu_seqlens: Tensor | None,
                      scale: float, min_log_w: float | None, need_state: bool
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b and the initial state (empty unless needed)."""
@@ -156,22 +155,20 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     cu, chunk_seq, chunk_start = plan["tables"]
     sizes = (plan["T"], plan["NT"], H)
     d_out = d_out.contiguous()
-    if plan["inline"]:
-        pairs = (solve, solve, solve)
-    else:
-        _, *pairs = wkv7_solve(r, log_w, k, a, b, scale, plan)
+    # Computed again rather than kept: they are as large as six of the inputs.
+    factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
     dr, dk, dv, da, db, du = (torch.empty_like(r) for _ in range(6))
     d_log_w = torch.empty_like(log_w)
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    wkv7_reverse_kernel[(triton.cdiv(N, 64), H, plan["seqs"])](
-        r, log_w, k, a, b, solve, *pairs, d_out, None if d_final is None else d_final.contiguous(), du, dv, d_checkpoint,
-        d_state, cu, chunk_start, *sizes, scale, **plan["common"], BK=64, BV=64, INLINE=plan["inline"],
+    wkv7_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
+        *factors, d_out, None if d_final is None else d_final.contiguous(), du, dv, d_checkpoint,
+        d_state, cu, chunk_start, *sizes, **plan["common"], BK=64, BV=plan["tile"]["reverse"],
         HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
-    wkv7_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
+    wkv7_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]), H, plan["chunks"])](
         r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
-        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["pairs"], BK=64, BV=plan["width"],
-        **plan["launch"]["grad"])
+        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["gates"], **plan["pairs"],
+        BK=plan["tile"]["grad"], BV=plan["width"], **plan["launch"]["grad"])
     if Hv != H:
         dv = dv.view(B, T, Hv, H // Hv, N).sum(3, dtype=torch.float32).to(v.dtype)
     return dr, d_log_w, dk, dv, da, db, d_state
@@ -179,7 +176,7 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
 
 @wkv7_backward_op.register_fake
 def wkv7_backward_fake(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                       b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, cu_seqlens: Tensor | None,
+                       b: Tensor, u: Tensor, checkpoint: Tensor, cu_seqlens: Tensor | None,
                        scale: float, min_log_w: float | None, need_state: bool
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, _, H, N = r.shape

@@ -10,6 +10,7 @@ from radlads.backends.torch.kernels.chunks import (
     decay_pair_mask,
     decay_query_state,
     gate_load,
+    split_dot,
     tile_load,
     tile_store,
 )
@@ -17,32 +18,43 @@ from radlads.backends.torch.kernels.lang import tl, triton
 
 
 @triton.jit
-def wkv7_merge_blocks(A, inverse, HALF: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr):
+def wkv7_merge_blocks(A, inverse, HALF: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
     """From the inverses of diagonal blocks of HALF tokens to those of twice as many."""
     row = tl.arange(0, C)
     lower = ((row[:, None] // (2 * HALF)) == (row[None, :] // (2 * HALF))) \
         & ((row[:, None] // HALF) > (row[None, :] // HALF))
-    step = tl.dot(tl.where(lower, A, 0.0), inverse, input_precision=PREC)
-    return tl.dot(inverse, step, inverse, input_precision=PREC)
+    step = split_dot(tl.where(lower, A, 0.0), inverse, tl.zeros((C, C), tl.float32), DOT, PREC, False)
+    return split_dot(inverse, step, inverse, DOT, PREC, False)
 
 
 @triton.jit
-def wkv7_inverse(A, C: tl.constexpr, LEVELS: tl.constexpr, PREC: tl.constexpr):
+def wkv7_inverse(A, C: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
     """(I - A)^-1 of a strictly lower (C, C) matrix, C = 2^LEVELS, by doubling blocks: as stable as substitution."""
     row = tl.arange(0, C)
     pair = ((row[:, None] // 2) == (row[None, :] // 2)) & (row[:, None] > row[None, :])
     inverse = tl.where(pair, A, 0.0) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)
     for level in tl.static_range(1, LEVELS):
-        inverse = wkv7_merge_blocks(A, inverse, 1 << level, C, PREC)
+        inverse = wkv7_merge_blocks(A, inverse, 1 << level, C, DOT, PREC)
     return inverse
 
 
+@triton.jit
+def wkv7_half_decay(x, row, C: tl.constexpr, LATE: tl.constexpr):
+    """exp of the decay over one half of the chunk, per key channel."""
+    mine = (row >= C // 2) if LATE else (row < C // 2)
+    return decay_exp(tl.sum(tl.where(mine[:, None], x.to(tl.float32), 0.0), 0))
+
+
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu_seqlens, chunk_seq, chunk_start, T, NT, H, scale,
-                      N: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
+def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_rb, from_v, out_v, from_state, out_state, keys, betas, whole,
+                      cu_seqlens, chunk_seq, chunk_start, T, NT, H, scale,
+                      N: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,
                       CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
-                      SOLVE_PREC: tl.constexpr, SOLVE_LEVELS: tl.constexpr, INLINE: tl.constexpr,
-                      VARLEN: tl.constexpr):
+                      SOLVE_LEVELS: tl.constexpr, VARLEN: tl.constexpr):
+    """All of one chunk that does not depend on the state or the values, so that the scans only multiply.
+
+    u = from_v v + from_state S_0 ;  out = out_v v + out_state S_0 ;  S_C = whole S_0 + keys^T v + betas^T u.
+    """
     h = tl.program_id(0)
     chunk = tl.program_id(1)
     if VARLEN:
@@ -59,72 +71,65 @@ def wkv7_solve_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, cu_seqlens, ch
     base = (begin + first).to(tl.int64) * H * N + h * N
     stride = H * N
     row = tl.arange(0, C)
-    col = tl.arange(0, BN)
-    x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
     A = tl.zeros((C, C), tl.float32)
     ak = tl.zeros((C, C), tl.float32)
     rb = tl.zeros((C, C), tl.float32)
     rk = tl.zeros((C, C), tl.float32)
-    past = decay_exp(-x.to(tl.float32))
-    for level in tl.static_range(LEVELS):
-        query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
-        strict = decay_pair_mask(level, C, DIAG, True)
-        aq = (tile_load(a + base, row, col, length, stride, N) * (query * past)).to(DOT)
-        bk = (tile_load(b + base, row, col, length, stride, N) * key).to(DOT)
-        A += tl.where(strict, tl.dot(aq, tl.trans(bk), input_precision=PREC), 0.0)
-        if not INLINE:
+    for block in range(0, N, BK):
+        col = block + tl.arange(0, BK)
+        x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
+        past = decay_exp(-x.to(tl.float32))
+        for level in tl.static_range(LEVELS):
+            query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
+            strict = decay_pair_mask(level, C, DIAG, True)
             causal = decay_pair_mask(level, C, DIAG, False)
+            aq = (tile_load(a + base, row, col, length, stride, N) * (query * past)).to(DOT)
+            bk = (tile_load(b + base, row, col, length, stride, N) * key).to(DOT)
+            A += tl.where(strict, tl.dot(aq, tl.trans(bk), input_precision=PREC), 0.0)
             rq = (tile_load(r + base, row, col, length, stride, N) * (query * scale)).to(DOT)
             kk = (tile_load(k + base, row, col, length, stride, N) * key).to(DOT)
             ak += tl.where(strict, tl.dot(aq, tl.trans(kk), input_precision=PREC), 0.0)
             rb += tl.where(causal, tl.dot(rq, tl.trans(bk), input_precision=PREC), 0.0)
             rk += tl.where(causal, tl.dot(rq, tl.trans(kk), input_precision=PREC), 0.0)
     cell = (chunk * H + h).to(tl.int64) * C * C + row[:, None] * C + row[None, :]
-    tl.store(solve + cell, wkv7_inverse(A, C, SOLVE_LEVELS, SOLVE_PREC).to(DOT))
-    if not INLINE:
-        tl.store(a_ak + cell, ak.to(DOT))
-        tl.store(a_rb + cell, rb.to(DOT))
-        tl.store(a_rk + cell, rk.to(DOT))
-
-
-@triton.jit
-def wkv7_half_decay(x, row, C: tl.constexpr, LATE: tl.constexpr):
-    """exp of the decay over one half of the chunk, per key channel."""
-    mine = (row >= C // 2) if LATE else (row < C // 2)
-    return decay_exp(tl.sum(tl.where(mine[:, None], x.to(tl.float32), 0.0), 0))
-
-
-@triton.jit
-def wkv7_factors(r, log_w, k, a, b, row, col, length, stride, scale, N: tl.constexpr, C: tl.constexpr,
-                 CLAMP: tl.constexpr, DOT: tl.constexpr, GATE_PREC: tl.constexpr, INLINE: tl.constexpr):
-    """Decayed r, a, k, b of one block of key channels, and the decays of the state around them.
-
-    INLINE (bounded decay): relative to the middle of the chunk, so that their products are the pairs' decays too; the
-    state decays to the middle and from there to the end. Else: relative to the state at the chunk's start (r, a) or end.
-    """
-    x = gate_load(log_w, row, col, length, stride, N, CLAMP)
-    if INLINE:
-        query, key = decay_pair_factors(x, 0, C, C, GATE_PREC)
-        first = wkv7_half_decay(x, row, C, False)[:, None]
-        last = wkv7_half_decay(x, row, C, True)[:, None]
-    else:
+    inverse = wkv7_inverse(A, C, SOLVE_LEVELS, DOT, PREC).to(DOT)
+    rb = rb.to(DOT)
+    tl.store(solve + cell, inverse)
+    tl.store(a_rb + cell, rb)
+    uv = tl.dot(inverse, ak.to(DOT), input_precision=PREC).to(DOT)
+    tl.store(from_v + cell, uv)
+    tl.store(out_v + cell, tl.dot(rb, uv, rk, input_precision=PREC).to(DOT))
+    tile = (chunk * H + h).to(tl.int64) * C * N
+    for block in range(0, N, BK):
+        col = block + tl.arange(0, BK)
+        x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
+        tl.store(whole + (chunk * H + h) * N + col, decay_exp(tl.sum(x.to(tl.float32), 0)), mask=col < N)
         query = decay_query_state(x, C, GATE_PREC)
+        aq = (tile_load(a + base, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
+        us = tl.dot(inverse, aq, input_precision=PREC).to(DOT)
+        tile_store(from_state + tile, us, row, col, C, N, N)
+        rq = tile_load(r + base, row, col, length, stride, N) * (query * scale)
+        tile_store(out_state + tile, tl.dot(rb, us, rq, input_precision=PREC), row, col, C, N, N)
         key = decay_key_state(x, C, GATE_PREC)
-        first = decay_exp(tl.sum(x.to(tl.float32), 0))[:, None]
-        last = first
-    kk = (tile_load(k, row, col, length, stride, N) * key).to(DOT)
-    bk = (tile_load(b, row, col, length, stride, N) * key).to(DOT)
-    rq = (tile_load(r, row, col, length, stride, N) * (query * scale)).to(DOT)
-    aq = (tile_load(a, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
-    return rq, kk, aq, bk, first, last
+        tile_store(keys + tile, tile_load(k + base, row, col, length, stride, N) * key, row, col, C, N, N)
+        tile_store(betas + tile, tile_load(b + base, row, col, length, stride, N) * key, row, col, C, N, N)
+
+
+@triton.jit
+def wkv7_block(base, row, col, N: tl.constexpr, BK: tl.constexpr):
+    """Loads one block of key channels of a chunk's factors."""
+    if N % BK == 0:
+        tile = tl.load(base + row[:, None] * N + col[None, :])
+    else:
+        tile = tl.load(base + row[:, None] * N + col[None, :], mask=(col < N)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, out, u_out, checkpoint, state_out,
-                     cu_seqlens, chunk_start, T, NT, H, HV, scale,
-                     N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
-                     DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, INLINE: tl.constexpr,
-                     HAS_STATE: tl.constexpr, SAVE: tl.constexpr, VARLEN: tl.constexpr):
+def wkv7_scan_kernel(v, from_v, out_v, from_state, out_state, keys, betas, whole, state_in, out, u_out, checkpoint, state_out,
+                     cu_seqlens, chunk_start, T, NT, H, HV,
+                     N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+                     PREC: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr, VARLEN: tl.constexpr):
     """One value tile of one head of one sequence: outputs, and for training u and the state before each chunk.
 
     Key channels are held in up to two blocks (0 and 1) of BK: a tile of 128 channels takes too many registers.
@@ -144,6 +149,7 @@ def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, ou
     col0 = tl.arange(0, BK)
     col1 = BK + tl.arange(0, BK)
     val = tile * BV + tl.arange(0, BV)
+    cell = row[:, None] * C + row[None, :]
     stride = H * N
     stride_v = HV * N
     base = tl.cast(begin, tl.int64) * stride + h * N
@@ -154,68 +160,35 @@ def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, ou
     if HAS_STATE:
         state0 = tl.trans(tile_load(state_in + corner, val, col0, N, N, N))
         state1 = tl.trans(tile_load(state_in + corner, val, col1, N, N, N))
-    causal = row[:, None] >= row[None, :]
-    strict = row[:, None] > row[None, :]
     for _ in range(0, tl.cdiv(length, C)):
-        if SAVE:
-            saved = checkpoint + (chunk * H + h) * N * N
-            tile_store(saved, state0, col0, val, N, N, N)
-            if N > BK:
-                tile_store(saved, state1, col1, val, N, N, N)
-        rq0, kk0, aq0, bk0, first0, last0 = wkv7_factors(
-            r + base, log_w + base, k + base, a + base, b + base, row, col0, length, stride, scale, N, C, CLAMP, DOT,
-            GATE_PREC, INLINE)
-        if N > BK:
-            rq1, kk1, aq1, bk1, first1, last1 = wkv7_factors(
-                r + base, log_w + base, k + base, a + base, b + base, row, col1, length, stride, scale, N, C, CLAMP, DOT,
-                GATE_PREC, INLINE)
+        place = chunk * H + h
+        saved = checkpoint + place * N * N
+        factors = place * C * N
         vv = tile_load(v + base_v, row, val, length, stride_v, N).to(DOT)
-        cell = (chunk * H + h) * C * C + row[:, None] * C + row[None, :]
-        if INLINE:
-            state0 *= first0
-            if N > BK:
-                state1 *= first1
-            ak = tl.dot(aq0, tl.trans(kk0), input_precision=PREC)
-            rk = tl.dot(rq0, tl.trans(kk0), input_precision=PREC)
-            rb = tl.dot(rq0, tl.trans(bk0), input_precision=PREC)
-            if N > BK:
-                ak = tl.dot(aq1, tl.trans(kk1), ak, input_precision=PREC)
-                rk = tl.dot(rq1, tl.trans(kk1), rk, input_precision=PREC)
-                rb = tl.dot(rq1, tl.trans(bk1), rb, input_precision=PREC)
-            ak = tl.where(strict, ak, 0.0).to(DOT)
-            rk = tl.where(causal, rk, 0.0).to(DOT)
-            rb = tl.where(causal, rb, 0.0).to(DOT)
-        else:
-            ak = tl.load(a_ak + cell)
-            rk = tl.load(a_rk + cell)
-            rb = tl.load(a_rb + cell)
         old0 = state0.to(DOT)
-        u = tl.dot(ak, vv, input_precision=PREC)
-        u = tl.dot(aq0, old0, u, input_precision=PREC)
-        o = tl.dot(rk, vv, input_precision=PREC)
-        o = tl.dot(rq0, old0, o, input_precision=PREC)
+        if SAVE:
+            tile_store(saved, old0, col0, val, N, N, N)
+        u = tl.dot(tl.load(from_v + place * C * C + cell), vv, input_precision=PREC)
+        o = tl.dot(tl.load(out_v + place * C * C + cell), vv, input_precision=PREC)
+        u = tl.dot(wkv7_block(from_state + factors, row, col0, N, BK), old0, u, input_precision=PREC)
+        o = tl.dot(wkv7_block(out_state + factors, row, col0, N, BK), old0, o, input_precision=PREC)
         if N > BK:
             old1 = state1.to(DOT)
-            u = tl.dot(aq1, old1, u, input_precision=PREC)
-            o = tl.dot(rq1, old1, o, input_precision=PREC)
-        u = tl.dot(tl.load(solve + cell), u.to(DOT), input_precision=PREC).to(DOT)
-        o = tl.dot(rb, u, o, input_precision=PREC)
+            if SAVE:
+                tile_store(saved, old1, col1, val, N, N, N)
+            u = tl.dot(wkv7_block(from_state + factors, row, col1, N, BK), old1, u, input_precision=PREC)
+            o = tl.dot(wkv7_block(out_state + factors, row, col1, N, BK), old1, o, input_precision=PREC)
+        u = u.to(DOT)
         tile_store(out + base, o, row, val, length, stride, N)
         if SAVE:
             tile_store(u_out + base, u, row, val, length, stride, N)
-        if not INLINE:
-            state0 *= first0
-            if N > BK:
-                state1 *= first1
-        state0 = tl.dot(tl.trans(kk0), vv, state0, input_precision=PREC)
-        state0 = tl.dot(tl.trans(bk0), u, state0, input_precision=PREC)
+        state0 *= tl.load(whole + place * N + col0, mask=col0 < N, other=0.0)[:, None]
+        state0 = tl.dot(tl.trans(wkv7_block(keys + factors, row, col0, N, BK)), vv, state0, input_precision=PREC)
+        state0 = tl.dot(tl.trans(wkv7_block(betas + factors, row, col0, N, BK)), u, state0, input_precision=PREC)
         if N > BK:
-            state1 = tl.dot(tl.trans(kk1), vv, state1, input_precision=PREC)
-            state1 = tl.dot(tl.trans(bk1), u, state1, input_precision=PREC)
-        if INLINE:
-            state0 *= last0
-            if N > BK:
-                state1 *= last1
+            state1 *= tl.load(whole + place * N + col1, mask=col1 < N, other=0.0)[:, None]
+            state1 = tl.dot(tl.trans(wkv7_block(keys + factors, row, col1, N, BK)), vv, state1, input_precision=PREC)
+            state1 = tl.dot(tl.trans(wkv7_block(betas + factors, row, col1, N, BK)), u, state1, input_precision=PREC)
         base += C * stride
         base_v += C * stride_v
         length -= C
@@ -226,11 +199,10 @@ def wkv7_scan_kernel(r, log_w, k, v, a, b, solve, a_ak, a_rb, a_rk, state_in, ou
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv7_reverse_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, d_out, d_state_out, du_out, dv, d_checkpoint,
-                        d_state_in, cu_seqlens, chunk_start, T, NT, H, scale,
-                        N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
-                        DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, INLINE: tl.constexpr,
-                        HAS_STATE: tl.constexpr, NEED_STATE: tl.constexpr, VARLEN: tl.constexpr):
+def wkv7_reverse_kernel(solve, a_rb, from_v, out_v, from_state, out_state, keys, betas, whole, d_out, d_state_out, du_out, dv,
+                        d_checkpoint, d_state_in, cu_seqlens, chunk_start, T, NT, H,
+                        N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+                        PREC: tl.constexpr, HAS_STATE: tl.constexpr, NEED_STATE: tl.constexpr, VARLEN: tl.constexpr):
     """The scan from the end: d(u) and d(v) of each token and d(state) after each chunk, of one value tile."""
     tile = tl.program_id(0)
     h = tl.program_id(1)
@@ -247,6 +219,7 @@ def wkv7_reverse_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, d_out, d_sta
     col0 = tl.arange(0, BK)
     col1 = BK + tl.arange(0, BK)
     val = tile * BV + tl.arange(0, BV)
+    cell = row[:, None] * C + row[None, :]
     stride = H * N
     corner = (seq * H + h).to(tl.int64) * N * N
     d_state0 = tl.zeros((BK, BV), tl.float32)
@@ -254,70 +227,40 @@ def wkv7_reverse_kernel(r, log_w, k, a, b, solve, a_ak, a_rb, a_rk, d_out, d_sta
     if HAS_STATE:
         d_state0 = tl.trans(tile_load(d_state_out + corner, val, col0, N, N, N))
         d_state1 = tl.trans(tile_load(d_state_out + corner, val, col1, N, N, N))
-    causal = row[:, None] >= row[None, :]
-    strict = row[:, None] > row[None, :]
     chunks = tl.cdiv(length, C)
     base = (tl.cast(begin, tl.int64) + (chunks - 1) * C) * stride + h * N
     chunk += chunks - 1
     length -= (chunks - 1) * C
     for _ in range(0, chunks):
-        saved = d_checkpoint + (chunk * H + h) * N * N
-        tile_store(saved, d_state0, col0, val, N, N, N)
-        if N > BK:
-            tile_store(saved, d_state1, col1, val, N, N, N)
-        rq0, kk0, aq0, bk0, first0, last0 = wkv7_factors(
-            r + base, log_w + base, k + base, a + base, b + base, row, col0, length, stride, scale, N, C, CLAMP, DOT,
-            GATE_PREC, INLINE)
-        if N > BK:
-            rq1, kk1, aq1, bk1, first1, last1 = wkv7_factors(
-                r + base, log_w + base, k + base, a + base, b + base, row, col1, length, stride, scale, N, C, CLAMP, DOT,
-                GATE_PREC, INLINE)
+        place = chunk * H + h
+        saved = d_checkpoint + place * N * N
+        factors = place * C * N
         do = tile_load(d_out + base, row, val, length, stride, N).to(DOT)
-        cell = (chunk * H + h) * C * C + row[:, None] * C + row[None, :]
-        if INLINE:
-            d_state0 *= last0
-            if N > BK:
-                d_state1 *= last1
-            ak = tl.dot(aq0, tl.trans(kk0), input_precision=PREC)
-            rk = tl.dot(rq0, tl.trans(kk0), input_precision=PREC)
-            rb = tl.dot(rq0, tl.trans(bk0), input_precision=PREC)
-            if N > BK:
-                ak = tl.dot(aq1, tl.trans(kk1), ak, input_precision=PREC)
-                rk = tl.dot(rq1, tl.trans(kk1), rk, input_precision=PREC)
-                rb = tl.dot(rq1, tl.trans(bk1), rb, input_precision=PREC)
-            ak = tl.where(strict, ak, 0.0).to(DOT)
-            rk = tl.where(causal, rk, 0.0).to(DOT)
-            rb = tl.where(causal, rb, 0.0).to(DOT)
-        else:
-            ak = tl.load(a_ak + cell)
-            rk = tl.load(a_rk + cell)
-            rb = tl.load(a_rb + cell)
         old0 = d_state0.to(DOT)
-        du = tl.dot(tl.trans(rb), do, input_precision=PREC)
-        du = tl.dot(bk0, old0, du, input_precision=PREC)
-        v_grad = tl.dot(tl.trans(rk), do, input_precision=PREC)
-        v_grad = tl.dot(kk0, old0, v_grad, input_precision=PREC)
+        tile_store(saved, old0, col0, val, N, N, N)
+        # d(u) before the outputs' share of it, which out_v and out_state already carry.
+        after = tl.dot(wkv7_block(betas + factors, row, col0, N, BK), old0, input_precision=PREC)
+        v_grad = tl.dot(wkv7_block(keys + factors, row, col0, N, BK), old0, input_precision=PREC)
         if N > BK:
             old1 = d_state1.to(DOT)
-            du = tl.dot(bk1, old1, du, input_precision=PREC)
-            v_grad = tl.dot(kk1, old1, v_grad, input_precision=PREC)
-        du = tl.dot(tl.trans(tl.load(solve + cell)), du.to(DOT), input_precision=PREC).to(DOT)
-        v_grad = tl.dot(tl.trans(ak), du, v_grad, input_precision=PREC)
-        tile_store(du_out + base, du, row, val, length, stride, N)
+            tile_store(saved, old1, col1, val, N, N, N)
+            after = tl.dot(wkv7_block(betas + factors, row, col1, N, BK), old1, after, input_precision=PREC)
+            v_grad = tl.dot(wkv7_block(keys + factors, row, col1, N, BK), old1, v_grad, input_precision=PREC)
+        v_grad = tl.dot(tl.trans(tl.load(out_v + place * C * C + cell)), do, v_grad, input_precision=PREC)
+        du = tl.dot(tl.trans(tl.load(a_rb + place * C * C + cell)), do, after, input_precision=PREC)
+        after = after.to(DOT)
+        v_grad = tl.dot(tl.trans(tl.load(from_v + place * C * C + cell)), after, v_grad, input_precision=PREC)
         tile_store(dv + base, v_grad, row, val, length, stride, N)
-        if not INLINE:
-            d_state0 *= first0
-            if N > BK:
-                d_state1 *= first1
-        d_state0 = tl.dot(tl.trans(rq0), do, d_state0, input_precision=PREC)
-        d_state0 = tl.dot(tl.trans(aq0), du, d_state0, input_precision=PREC)
+        du = tl.dot(tl.trans(tl.load(solve + place * C * C + cell)), du.to(DOT), input_precision=PREC)
+        tile_store(du_out + base, du, row, val, length, stride, N)
+        d_state0 *= tl.load(whole + place * N + col0, mask=col0 < N, other=0.0)[:, None]
+        d_state0 = tl.dot(tl.trans(wkv7_block(out_state + factors, row, col0, N, BK)), do, d_state0, input_precision=PREC)
+        d_state0 = tl.dot(tl.trans(wkv7_block(from_state + factors, row, col0, N, BK)), after, d_state0, input_precision=PREC)
         if N > BK:
-            d_state1 = tl.dot(tl.trans(rq1), do, d_state1, input_precision=PREC)
-            d_state1 = tl.dot(tl.trans(aq1), du, d_state1, input_precision=PREC)
-        if INLINE:
-            d_state0 *= first0
-            if N > BK:
-                d_state1 *= first1
+            d_state1 *= tl.load(whole + place * N + col1, mask=col1 < N, other=0.0)[:, None]
+            d_state1 = tl.dot(tl.trans(wkv7_block(out_state + factors, row, col1, N, BK)), do, d_state1, input_precision=PREC)
+            d_state1 = tl.dot(tl.trans(wkv7_block(from_state + factors, row, col1, N, BK)), after, d_state1,
+                              input_precision=PREC)
         base -= C * stride
         length += C
         chunk -= 1
@@ -343,7 +286,7 @@ def wkv7_pair_grad(d_read, value, row, val, length, stride, stride_value, N: tl.
 @triton.jit
 def wkv7_query_grad(q, log_w, k, b, d_read, state, d_k, d_b, grad, w_grad, row, col, val, length, stride, scale,
                     N: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr,
-                    DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, SOLVE_PREC: tl.constexpr,
+                    DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
                     STRICT: tl.constexpr):
     """Stores the gradient of r (or, STRICT, of a, which meets the state one token earlier) and adds to d(log_w).
 
@@ -358,9 +301,10 @@ def wkv7_query_grad(q, log_w, k, b, d_read, state, d_k, d_b, grad, w_grad, row, 
         query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
         mask = decay_pair_mask(level, C, DIAG, STRICT)
         kk = (tile_load(k, row, col, length, stride, N) * key).to(DOT)
-        d_query = tl.dot(tl.where(mask, d_k, 0.0).to(DOT), kk, input_precision=PREC)
+        # With one level the pair gradients are masked already.
+        d_query = tl.dot(d_k if LEVELS == 1 else tl.where(mask, d_k, 0.0).to(DOT), kk, input_precision=PREC)
         bk = (tile_load(b, row, col, length, stride, N) * key).to(DOT)
-        d_query = tl.dot(tl.where(mask, d_b, 0.0).to(DOT), bk, d_query, input_precision=PREC)
+        d_query = tl.dot(d_b if LEVELS == 1 else tl.where(mask, d_b, 0.0).to(DOT), bk, d_query, input_precision=PREC)
         if STRICT:
             query *= decay_exp(-x.to(tl.float32))
         total += d_query * query
@@ -378,13 +322,13 @@ def wkv7_query_grad(q, log_w, k, b, d_read, state, d_k, d_b, grad, w_grad, row, 
         after = row[:, None] < row[None, :]
     else:
         after = row[:, None] <= row[None, :]
-    return tl.dot(after.to(tl.float32), z + raw * read, w_grad, input_precision=SOLVE_PREC)
+    return split_dot(after, z + raw * read, w_grad, DOT, PREC, True)
 
 
 @triton.jit
 def wkv7_key_grad(k, log_w, r, a, value, d_state, d_r, d_a, grad, w_grad, row, col, val, length, stride, stride_value,
                   scale, N: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr, CLAMP: tl.constexpr,
-                  DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, SOLVE_PREC: tl.constexpr):
+                  DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr):
     """Stores the gradient of k (or b) and adds to d(log_w)."""
     x = gate_load(log_w, row, col, length, stride, N, CLAMP)
     raw = tile_load(k, row, col, length, stride, N).to(tl.float32)
@@ -394,12 +338,12 @@ def wkv7_key_grad(k, log_w, r, a, value, d_state, d_r, d_a, grad, w_grad, row, c
         query, key = decay_pair_factors(x, level, C, DIAG, GATE_PREC)
         mask = decay_pair_mask(level, C, DIAG, False)
         rq = (tile_load(r, row, col, length, stride, N) * (query * scale)).to(DOT)
-        d_key = tl.dot(tl.trans(tl.where(mask, d_r, 0.0).to(DOT)), rq, input_precision=PREC)
+        d_key = tl.dot(tl.trans(d_r if LEVELS == 1 else tl.where(mask, d_r, 0.0).to(DOT)), rq, input_precision=PREC)
         aq = (tile_load(a, row, col, length, stride, N) * (query * decay_exp(-x.to(tl.float32)))).to(DOT)
-        d_key = tl.dot(tl.trans(tl.where(mask, d_a, 0.0).to(DOT)), aq, d_key, input_precision=PREC)
+        d_key = tl.dot(tl.trans(d_a if LEVELS == 1 else tl.where(mask, d_a, 0.0).to(DOT)), aq, d_key, input_precision=PREC)
         total += d_key * key
         z -= d_key * (raw * key).to(DOT)
-    w_grad = tl.dot((row[:, None] <= row[None, :]).to(tl.float32), z, w_grad, input_precision=SOLVE_PREC)
+    w_grad = split_dot(row[:, None] <= row[None, :], z, w_grad, DOT, PREC, True)
     if LEVELS == 1:
         key *= wkv7_half_decay(x, row, C, True)[None, :]
     else:
@@ -407,7 +351,7 @@ def wkv7_key_grad(k, log_w, r, a, value, d_state, d_r, d_a, grad, w_grad, row, c
     values = tile_load(value, row, val, length, stride_value, N).to(DOT)
     write = tl.dot(values, tl.trans(tile_load(d_state, col, val, N, N, N)), input_precision=PREC) * key
     tile_store(grad, total + write, row, col, length, stride, N)
-    return tl.dot((row[:, None] > row[None, :]).to(tl.float32), raw * write, w_grad, input_precision=SOLVE_PREC)
+    return split_dot(row[:, None] > row[None, :], raw * write, w_grad, DOT, PREC, True)
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
@@ -415,7 +359,7 @@ def wkv7_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoin
                      dr, d_log_w, dk, da, db, cu_seqlens, chunk_seq, chunk_start, T, NT, H, HV, scale,
                      N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr,
                      LEVELS: tl.constexpr, CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr,
-                     SOLVE_PREC: tl.constexpr, VARLEN: tl.constexpr):
+                     VARLEN: tl.constexpr):
     """Gradients of r, log_w, k, a, b of one block of key channels of one chunk, from the states at the chunk's two ends.
 
     Chunks are independent. One gradient after the other, each reading its inputs again (from the L2 cache): together they
@@ -458,13 +402,13 @@ def wkv7_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoin
     d_rk = wkv7_pair_grad(d_out, v, row, val, length, stride, HV * N, N, DOT, PREC, False)
     d_rb = wkv7_pair_grad(d_out, u, row, val, length, stride, stride, N, DOT, PREC, False)
     w_grad = wkv7_query_grad(r, log_w, k, b, d_out, checkpoint + corner, d_rk, d_rb, dr + base, w_grad, row, col, val,
-                             length, stride, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, SOLVE_PREC, False)
+                             length, stride, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, False)
     d_ak = wkv7_pair_grad(du, v, row, val, length, stride, HV * N, N, DOT, PREC, True)
     w_grad = wkv7_key_grad(k, log_w, r, a, v, d_checkpoint + corner, d_rk, d_ak, dk + base, w_grad, row, col, val,
-                           length, stride, HV * N, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, SOLVE_PREC)
+                           length, stride, HV * N, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC)
     d_ab = wkv7_pair_grad(du, u, row, val, length, stride, stride, N, DOT, PREC, True)
     w_grad = wkv7_query_grad(a, log_w, k, b, du, checkpoint + corner, d_ak, d_ab, da + base, w_grad, row, col, val,
-                             length, stride, 1.0, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, SOLVE_PREC, True)
+                             length, stride, 1.0, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, True)
     w_grad = wkv7_key_grad(b, log_w, r, a, u, d_checkpoint + corner, d_rb, d_ab, db + base, w_grad, row, col, val,
-                           length, stride, stride, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC, SOLVE_PREC)
+                           length, stride, stride, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC)
     tile_store(d_log_w + base, w_grad, row, col, length, stride, N)
