@@ -23,10 +23,15 @@ class InitOptions:
     """Which student to make of which teacher."""
 
     teacher: str = arg("Folder of the teacher.", metavar="TEACHER", flag="--teacher")
-    student_arch: Literal["rwkv6", "rwkv7"] = opt("rwkv7", "Recurrent mixer of the student.")
+    student_arch: Literal["rwkv6", "rwkv7", "hxa079", "hxa07a", "hxa07b", "hxa07c"] = opt(
+        "rwkv7", "Recurrent mixer of the student."
+    )
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of RAD-RWKV7; C is the newest.")
     keep_softmax: str = opt("", "Layers that keep softmax attention.", metavar="3,7,11")
     set: list[str] = opt([], "Flag of the mixer, such as student.gate=full; may be given several times.", metavar="KEY=VALUE")
+    transfer_scale: str = opt(
+        "1,1,1,1", "Factors of q, k, v and o in converted layers; the hxa models used 0.5,0.5,0.3,0.5.", metavar="Q,K,V,O"
+    )
     output_dir: str = opt("student", "Folder to write.", metavar="DIR")
     seed: int = opt(1337, "Seed of the new tensors' first values.")
     text: str | None = opt(None, "UTF-8 text on which teacher and student are compared.", metavar="FILE")
@@ -56,7 +61,7 @@ class InitResult:
             ("student", self.model),
             ("architecture", f"{self.architecture} in {len(self.recurrent_layers)} layers, softmax in {softmax}"),
             ("parameters", f"{self.parameters:,}"),
-            ("tensors", f"{self.copied_tensors} from the teacher bit for bit, {self.new_tensors} new"),
+            ("tensors", f"{self.copied_tensors} from the teacher, {self.new_tensors} new"),
             *((f"step-0 {name.replace('_', ' ')}", f"{value:.4g}") for name, value in self.step0.items()),
         ]
         after = f"Next: `radlads train --teacher {self.teacher} --student-arch {self.architecture}` trains such a student."
@@ -70,7 +75,7 @@ def init(options: InitOptions) -> InitResult:
     from radlads.weights_tools.standalone import model_files
     from radlads.weights_tools.surgery import make_student, student_spec
 
-    keep, flags = layers(options.keep_softmax), mixer_flags(options)
+    keep, flags, scale = layers(options.keep_softmax), mixer_flags(options), factors(options.transfer_scale)
     teacher = open_folder(options.teacher)
     # Whatever can be refused is refused before the folder is written.
     known = (teacher.path / "tokenizer.json").exists()
@@ -86,8 +91,9 @@ def init(options: InitOptions) -> InitResult:
         extra_files=extra_files,
         config_extra=config_extra,
         overwrite=options.overwrite,
+        transfer_scale=scale,
     )
-    copied = sum(row.init == "copy" for row in student.spec.tensors().values())
+    copied = sum(row.copied for row in student.spec.tensors().values())
     return InitResult(
         model=str(student.path),
         teacher=str(teacher.path),
@@ -112,6 +118,15 @@ def layers(text: str) -> tuple[int, ...]:
             raise fail("R101", where="--keep-softmax", why=f"{part!r} is no layer number", fix=fix)
         found.update(range(int(first), min(int(last or first), int(first) + 4096) + 1))
     return tuple(sorted(found))
+
+
+def factors(text: str) -> tuple[float, ...]:
+    """The numbers of "1,1,0.3,0.5"; R101."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        fix = "Write for example `--transfer-scale 0.5,0.5,0.3,0.5`"
+        raise fail("R101", where="--transfer-scale", why=f"{text!r} is no list of numbers", fix=fix) from None
 
 
 def mixer_flags(options: InitOptions) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class TrainOptions:
     recipe: str | None = arg("Name of a built-in recipe or a YAML file; tiny without one.", metavar="RECIPE", default=None)
     teacher: str | None = opt(None, "Folder of the teacher, instead of the recipe's.", metavar="DIR")
     student: str | None = opt(None, "Go on from this student folder instead of a new transfer.", metavar="DIR")
-    student_arch: Literal["rwkv6", "rwkv7"] | None = opt(None, "Mixer of the student, instead of the recipe's.")
+    student_arch: Literal["rwkv6", "rwkv7", "hxa079", "hxa07a", "hxa07b", "hxa07c"] | None = opt(
+        None, "Mixer of the student, instead of the recipe's."
+    )
     set: list[str] = opt([], "Change a value of the recipe: stages.0.lr=1e-3.", metavar="KEY=VALUE")
     output_dir: str | None = opt(None, "Folder of the run; runs/<recipe>-<arch> without it.", metavar="DIR")
     resume: Literal["auto", "never"] = opt("auto", "Go on with a run begun in the folder, or refuse to.")
@@ -161,7 +163,15 @@ def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:
     arch, kept, flags = recipe.student.arch, recipe.student.keep_softmax, recipe.student.options
     files, keys = model_files(student_spec(teacher, arch, kept, flags))
     make_student(
-        teacher, step0, arch=arch, keep_softmax=kept, options=flags, seed=recipe.seed, extra_files=files, config_extra=keys
+        teacher,
+        step0,
+        arch=arch,
+        keep_softmax=kept,
+        options=flags,
+        seed=recipe.seed,
+        extra_files=files,
+        config_extra=keys,
+        transfer_scale=recipe.student.transfer_scale,
     )
 
 

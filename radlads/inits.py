@@ -27,6 +27,10 @@ def first_values(name: str, row: Row, spec: ModelSpec, seed: int) -> Array:
     if rule == "decay7":
         # The published code rounds before and after it adds 0.5.
         return to_bf16(to_bf16(decay7(layer_of(name), spec)) + np.float32(0.5)).reshape(row.shape)
+    if rule == "hxa_decay":
+        return to_bf16(hxa_decay(layer_of(name), spec).reshape(row.shape))
+    if rule == "hxa_iclr":
+        return to_bf16(hxa_iclr(spec).reshape(row.shape))
     rng = np.random.default_rng(np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest(), np.uint32))
     if rule == "uniform":
         bound = float(argument)
@@ -59,6 +63,23 @@ def decay6(layer: int, spec: ModelSpec) -> npt.NDArray[np.float64]:
 def decay7(layer: int, spec: ModelSpec) -> npt.NDArray[np.float64]:
     """RAD-RWKV7 `w0` before the final +0.5: -7 + 5 (n/(C-1))^(0.85 + rho^0.5)."""
     return -7 + 5 * (np.arange(spec.C) / (spec.C - 1)) ** (0.85 + depth(layer, spec) ** 0.5)
+
+
+def hxa_decay(layer: int, spec: ModelSpec) -> npt.NDArray[np.float64]:
+    """hxa `w0`: -6 + 6 (n/(C-1))^(1 + rho^0.3) + 0.5 + 2.5 z."""
+    ramp = (np.arange(spec.C) / (spec.C - 1)) ** (1 + depth(layer, spec) ** 0.3)
+    return -6 + 6 * ramp + 0.5 + 2.5 * in_head(spec)
+
+
+def hxa_iclr(spec: ModelSpec) -> npt.NDArray[np.float64]:
+    """hxa `a0`: -0.19 + 0.3 z + 0.4 (n/(C-1) - 0.5)."""
+    return -0.19 + 0.3 * in_head(spec) + 0.4 * (np.arange(spec.C) / (spec.C - 1) - 0.5)
+
+
+def in_head(spec: ModelSpec) -> npt.NDArray[np.float64]:
+    """z of the channels, sign(y) y^2 for y from -1 to 1 across each head."""
+    y = (np.arange(spec.C) % spec.N - (spec.N - 1) / 2) / ((spec.N - 1) / 2)
+    return y * np.abs(y)
 
 
 def orthogonal(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> Array:

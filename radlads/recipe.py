@@ -78,10 +78,14 @@ class Part(BaseModel):
 
 
 class Student(Part):
-    """The recurrent mixer that replaces attention; `options` are fields of MixerOptions."""
+    """The recurrent mixer that replaces attention; `options` are fields of MixerOptions.
+
+    `transfer_scale` multiplies the teacher's q, k, v and o in the converted layers.
+    """
 
     arch: str = "rwkv7"
     keep_softmax: tuple[Annotated[Whole, Field(ge=0)], ...] = ()
+    transfer_scale: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     options: Annotated[dict[str, Any], AfterValidator(known_fields(MixerOptions))] = Field(default_factory=dict)
 
     @field_validator("arch")

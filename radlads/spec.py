@@ -12,7 +12,7 @@ from radlads.mixers.table import Row
 
 @dataclass(frozen=True)
 class MixerOptions:
-    """Flags of the recurrent mixer of a student (docs/mixers.md says which equation each one switches)."""
+    """Flags of a student's mixers (docs/mixers.md says which equation each one switches, `Mixer.flags` who reads it)."""
 
     gate: str = "lowrank"  # "full", "lowrank" or "none"
     rope: bool = True
@@ -21,11 +21,13 @@ class MixerOptions:
     balance: bool = True  # RAD-RWKV6: key scaled by (1 - w)
     groupnorm: bool = False
     clamp: float | None = None  # RAD-RWKV6: lower bound of the log-decay
+    kept_rope: bool = True  # rotary positions in the layers that stay softmax
 
 
 DEFAULT_OPTIONS = {
     "rwkv6": MixerOptions(gate="full", rope=False, token_shift=True, clamp=-5.0),
     "rwkv7": MixerOptions(gate="lowrank", rope=True, token_shift=False, variant="C"),
+    **{name: MixerOptions(kept_rope=False) for name in ("hxa079", "hxa07a", "hxa07b", "hxa07c")},
 }
 
 
@@ -37,26 +39,8 @@ class Ranks:
     decay: int = 0
     iclr: int = 0
     value_residual: int = 0
+    key_residual: int = 0
     gate: int = 0
-
-
-# rank(D) = 32 * max(1, round(D ** exponent * factor / 32)), D the hidden size (protocol section 1.2)
-RANK_RULE = {
-    "tokenshift": (0.5, 1.8),
-    "decay": (0.5, 1.8),
-    "iclr": (0.5, 1.8),
-    "value_residual": (0.5, 1.3),
-    "gate": (0.8, 0.6),
-}
-
-
-def default_ranks(hidden_size: int, mixer: str) -> Ranks:
-    """Ranks of a new student by the published formula."""
-    return Ranks(**{
-        name: 32 * max(1, round(hidden_size**exponent * factor / 32))
-        for name, (exponent, factor) in RANK_RULE.items()
-        if name in MIXERS[mixer].ranks
-    })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,7 +153,7 @@ class ModelSpec:
     def flops(self, tokens: int = 1) -> int:
         """Multiply-adds times two of a forward pass over `tokens` tokens: all matrices, and the recurrence itself.
 
-        The recurrence counts 4 N^2 (rwkv6) or 8 N^2 (rwkv7) per head; softmax scores are left to the planner,
+        The recurrence counts 4 N^2 (rwkv6) or 8 N^2 (rwkv7, hxa) per head; softmax scores are left to the planner,
         which knows the context length.
         """
         matrices = sum(
@@ -177,8 +161,7 @@ class ModelSpec:
         )
         if self.tie_embeddings:
             matrices += 2 * self.V * self.D
-        scan = {"rwkv6": 4, "rwkv7": 8, "softmax": 0}
-        return tokens * (matrices + sum(scan[name] * self.H * self.N**2 for name in self.mixers))
+        return tokens * (matrices + sum(MIXERS[name].scan_flops * self.H * self.N**2 for name in self.mixers))
 
     def as_teacher(self) -> "ModelSpec":
         """The same model with softmax attention in every layer."""
@@ -197,6 +180,10 @@ class ModelSpec:
         wrong = sorted(set(flags) - known)
         if wrong:
             raise ValueError(f"unknown mixer option {wrong[0]!r}; known: {', '.join(sorted(known))}")
+        read = (*MIXERS[mixer].flags, "kept_rope")
+        unread = sorted(name for name in flags if name not in read and flags[name] != getattr(DEFAULT_OPTIONS[mixer], name))
+        if unread:
+            raise ValueError(f"{mixer} has no option {unread[0]!r}; it has {', '.join(read)}")
         if mixer == "rwkv7" and "groupnorm" not in flags:
             flags["groupnorm"] = flags.get("variant", "C") != "C"  # eras A and B normalise the output, C balances the key
         if mixer == "rwkv6" and "balance" not in flags:
@@ -205,7 +192,7 @@ class ModelSpec:
             self,
             mixers=tuple("softmax" if i in keep_softmax else mixer for i in range(self.L)),
             mixer=replace(DEFAULT_OPTIONS[mixer], **flags),
-            ranks=default_ranks(self.D, mixer),
+            ranks=Ranks(**{name: rule.width(self) for name, rule in MIXERS[mixer].ranks.items()}),
         )
 
     def to_dict(self) -> dict[str, Any]:

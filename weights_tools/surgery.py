@@ -3,19 +3,24 @@
 numpy only, tensor by tensor. Training starts from the folder; protocol section 1.2 is the method.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from radlads.errors import fail
 from radlads.files import sha256
 from radlads.folder import CONFIG, ModelFolder, save_folder
-from radlads.inits import first_values
+from radlads.inits import first_values, layer_of
+from radlads.mixers import MIXERS
 from radlads.spec import ModelSpec
-from radlads.tensors import Named, encode, read_raw
+from radlads.tensors import Named, decode, encode, read_raw
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+UNSCALED = (1.0, 1.0, 1.0, 1.0)
 
 
 def make_student(
@@ -30,27 +35,33 @@ def make_student(
     config_extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     untie: bool = False,
+    transfer_scale: Sequence[float] = UNSCALED,
 ) -> ModelFolder:
     """Write the untrained student of a teacher: `arch` in every layer but `keep_softmax`.
 
     `options` are fields of MixerOptions; `untie` gives a tied teacher's student a head of its own, equal to the embedding.
+    `transfer_scale` multiplies q, k, v, o (biases too) of the converted layers (protocol section 3.5).
     R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
     """
     spec = student_spec(teacher, arch, keep_softmax, options)
+    scales = tensor_scales(spec, transfer_scale)
     if untie:
         spec = replace(spec, tie_embeddings=False)
     teacher.check_finite()
     copied = copies(teacher, spec)
+    choice = {"arch": arch, "keep_softmax": list(spec.kept_layers), "options": dict(options), "seed": seed}
+    if scales:
+        choice["transfer_scale"] = list(transfer_scale)
     record = {
         "stage": 0,
         "teacher": teacher_record(teacher),
-        "student": {"arch": arch, "keep_softmax": list(spec.kept_layers), "options": dict(options), "seed": seed},
+        "student": choice,
         "history": [{"stage": 0, "kind": "init", "seed": seed}],
     }
     return save_folder(
         output_dir,
         spec=spec,
-        tensors=student_tensors(teacher, spec, copied, seed),
+        tensors=student_tensors(teacher, spec, copied, seed, scales),
         source=teacher,
         dtype=teacher.dtype,
         dtypes={name: teacher.weights[origin].dtype for name, origin in copied.items()},
@@ -76,17 +87,38 @@ def student_spec(teacher: ModelFolder, arch: str, keep_softmax: Sequence[int], o
 def copies(teacher: ModelFolder, spec: ModelSpec) -> dict[str, str]:
     """Student tensor -> teacher tensor for all that are taken over; an untied head comes from the embedding."""
     rows = spec.tensors()
-    names = {name: name for name, row in rows.items() if row.init == "copy"}
+    names = {name: row.origin(name) for name, row in rows.items() if row.copied}
     if HEAD in names and HEAD not in teacher.weights:
         names[HEAD] = EMBEDDING
     return names
 
 
-def student_tensors(teacher: ModelFolder, spec: ModelSpec, copied: Mapping[str, str], seed: int) -> Iterator[Named]:
+def tensor_scales(spec: ModelSpec, factors: Sequence[float]) -> dict[str, float]:
+    """Factor of each tensor that is not taken over as it is; R101 unless there are four finite factors, for q, k, v, o."""
+    if len(factors) != 4 or not all(math.isfinite(factor) for factor in factors):
+        why, fix = "it needs four numbers, for q, k, v and o", "Write for example 1,1,0.3,0.5"
+        raise fail("R101", where="transfer_scale", why=why, fix=fix)
+    scales = {}
+    for name, row in spec.tensors().items():
+        place, _, own = name.rpartition(".self_attn.")
+        if place and row.copied and MIXERS[spec.mixers[layer_of(name)]].recurrent:
+            letter = row.origin(own)[:2]  # q_proj, k_proj, v_proj, o_proj; not q_norm and k_norm
+            factor = dict(zip(("q_", "k_", "v_", "o_"), factors, strict=True)).get(letter, 1.0)
+            if factor != 1.0 and "norm" not in row.origin(own):
+                scales[name] = float(factor)
+    return scales
+
+
+def student_tensors(
+    teacher: ModelFolder, spec: ModelSpec, copied: Mapping[str, str], seed: int, scales: Mapping[str, float]
+) -> Iterator[Named]:
     """(name, dtype, raw bits) of every student tensor in the spec's order; new ones in the teacher's main dtype."""
     dtype = teacher.dtype
     for name, row in spec.tensors().items():
-        if name in copied:
+        if name in scales:
+            entry = teacher.weights[copied[name]]
+            yield name, entry.dtype, encode(decode(read_raw(entry), entry.dtype) * np.float32(scales[name]), entry.dtype)
+        elif name in copied:
             entry = teacher.weights[copied[name]]
             yield name, entry.dtype, read_raw(entry)
         else:

@@ -2,16 +2,20 @@
 in a recurrent layer's cache.
 """
 
+import math
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
 from radlads.positions import inverse_frequencies
 from radlads.spec import ModelSpec
 
 # Slots of the cache (mlx_lm's ArraysCache) of a recurrent layer.
 WKV, SEEN, SHIFT = 0, 1, 2
+# 7.2, H.2: no decay is stronger than exp(-exp(-1/2)) per token.
+RWKV7_MIN_LOG_W = -math.exp(-0.5)
 
 
 class FeedForward(nn.Module):
@@ -29,29 +33,34 @@ class FeedForward(nn.Module):
 
 
 class Projections(nn.Module):
-    """q, k, v, o with the teacher's names, biases and per-head norms (S.1-S.3)."""
+    """q, k, v, o with the teacher's biases and per-head norms (S.1-S.3), under the teacher's names or others."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, names: ProjectionNames = TEACHER_NAMES) -> None:
         super().__init__()
         self.spec = spec
-        self.q_proj = nn.Linear(spec.D, spec.C, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(spec.C, spec.D, bias=spec.output_bias)
+        self.names = names
+        for name, width in ((names.q, spec.C), (names.k, spec.Ckv), (names.v, spec.Ckv)):
+            setattr(self, name, nn.Linear(spec.D, width, bias=spec.qkv_bias))
+        setattr(self, names.o, nn.Linear(spec.C, spec.D, bias=spec.output_bias))
         if spec.qk_norm:
-            self.q_norm = nn.RMSNorm(spec.N, spec.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(spec.N, spec.rms_norm_eps)
+            setattr(self, names.q_norm, nn.RMSNorm(spec.N, spec.rms_norm_eps))
+            setattr(self, names.k_norm, nn.RMSNorm(spec.N, spec.rms_norm_eps))
         # The underscore keeps it out of the module's parameters.
         self._periods = mx.array([1 / frequency for frequency in inverse_frequencies(spec)], mx.float32)
 
     def project(self, x_q: mx.array, x_k: mx.array, x_v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Inputs (B, T, D) to q (B, T, H, N) and k, v (B, T, Hkv, N), q and k normed where the teacher does."""
-        q, k, v = (
-            p(x).reshape(*x.shape[:2], -1, self.spec.N) for p, x in ((self.q_proj, x_q), (self.k_proj, x_k), (self.v_proj, x_v))
-        )
+        names = self.names
+        inputs = ((names.q, x_q), (names.k, x_k), (names.v, x_v))
+        q, k, v = (getattr(self, name)(x).reshape(*x.shape[:2], -1, self.spec.N) for name, x in inputs)
         if self.spec.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = getattr(self, names.q_norm)(q), getattr(self, names.k_norm)(k)
         return q, k, v
+
+    def output_of(self, p: mx.array) -> mx.array:
+        """p (B, T, C) through the output projection (B, T, D)."""
+        out: mx.array = getattr(self, self.names.o)(p)
+        return out
 
     def rotate(self, x: mx.array, first: int | mx.array) -> mx.array:
         """S.3 on x (B, heads, T, N); `first` is the position of the first column, one number or one per row (B,)."""
@@ -63,18 +72,32 @@ class RecurrentProjections(Projections):
 
     def project_heads(self, x_q: mx.array, x_k: mx.array, x_v: mx.array, cache: Any) -> tuple[mx.array, mx.array, mx.array]:
         """Inputs (B, T, D) to q, k, v, all (B, T, H, N): S.1-S.4, S.3 only with the `rope` flag."""
+        q, k, v = self.project_rotated(x_q, x_k, x_v, cache)
+        return q, self.repeated(k), self.repeated(v)
+
+    def project_rotated(self, x_q: mx.array, x_k: mx.array, x_v: mx.array, cache: Any) -> tuple[mx.array, mx.array, mx.array]:
+        """Inputs (B, T, D) to q (B, T, H, N) and k, v (B, T, Hkv, N): S.1-S.3, S.3 only with the `rope` flag."""
         q, k, v = self.project(x_q, x_k, x_v)
         if self.spec.mixer.rope:
             first = tokens_seen(cache, len(x_q)) if cache is not None else 0
             if cache is not None and cache.left_padding is not None:
                 first = first - mx.clip(cache.left_padding, 0, x_q.shape[1])
             q, k = (self.rotate(x.swapaxes(1, 2), first).swapaxes(1, 2) for x in (q, k))
-        groups = self.spec.H // self.spec.Hkv
-        return q, mx.repeat(k, groups, axis=2), mx.repeat(v, groups, axis=2)
+        return q, k, v
+
+    def repeated(self, x: mx.array) -> mx.array:
+        """S.4: (B, T, Hkv, N) to (B, T, H, N)."""
+        return mx.repeat(x, self.spec.H // self.spec.Hkv, axis=2)
 
     def heads(self, x: mx.array) -> mx.array:
-        """(..., C) to (..., H, N)."""
-        return x.reshape(*x.shape[:-1], self.spec.H, self.spec.N)
+        """(..., heads*N) to (..., heads, N)."""
+        return x.reshape(*x.shape[:-1], -1, self.spec.N)
+
+
+def unit_keys(k: mx.array) -> mx.array:
+    """7.4, H.6: k (..., N) over its norm, at least 1e-12, in float32; the gradient of a zero key is finite."""
+    k = k.astype(mx.float32)
+    return k * mx.rsqrt(mx.maximum((k * k).sum(axis=-1, keepdims=True), 1e-24))
 
 
 def tokens_seen(cache: Any, batch: int) -> mx.array:

@@ -34,11 +34,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(spec.D, spec.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(spec.D, spec.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any, v_first: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        """x (B, T, D) to the next layer's input, and 7.5's values for the later layers."""
-        mixed, v_first = self.self_attn(self.input_layernorm(x), mask, cache, v_first)
+    def __call__(self, x: mx.array, mask: Any, cache: Any, carry: Any) -> tuple[mx.array, Any]:
+        """x (B, T, D) to the next layer's input; `carry` is what the first recurrent layer leaves to later ones (7.5, H.4)."""
+        mixed, carry = self.self_attn(self.input_layernorm(x), mask, cache, carry)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), v_first
+        return x + self.mlp(self.post_attention_layernorm(x)), carry
 
 
 class Decoder(nn.Module):
@@ -60,9 +60,9 @@ class Decoder(nn.Module):
             softmax = mixer == "softmax"
             if softmax not in masks:  # the caches of one kind agree on their padding
                 masks[softmax] = create_attention_mask(x, layer_cache) if softmax else create_ssm_mask(x, layer_cache)
-        v_first = None
+        carry = None
         for mixer, layer, layer_cache in zip(self.spec.mixers, self.layers, caches, strict=True):
-            x, v_first = layer(x, masks[mixer == "softmax"], layer_cache, v_first)
+            x, carry = layer(x, masks[mixer == "softmax"], layer_cache, carry)
         return self.norm(x)
 
 

@@ -1,13 +1,18 @@
 """What every mixer and layer shares: norms, rotary positions, projections, feed-forward, gate."""
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
 from radlads.positions import inverse_frequencies
 from radlads.spec import ModelSpec
+
+# 7.2, H.2: no decay is stronger than exp(-exp(-1/2)) per token.
+RWKV7_MIN_LOG_W = -math.exp(-0.5)
 
 
 class RMSNorm(nn.Module):
@@ -69,29 +74,40 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class Projections(nn.Module):
-    """q, k, v, o with the teacher's names, biases and per-head norms (S.1, S.2)."""
+    """q, k, v, o with the teacher's biases and per-head norms (S.1, S.2), under the teacher's names or others."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, names: ProjectionNames = TEACHER_NAMES) -> None:
         super().__init__()
         self.spec = spec
-        self.q_proj = nn.Linear(spec.D, spec.C, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(spec.D, spec.Ckv, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(spec.C, spec.D, bias=spec.output_bias)
+        self.names = names
+        for name, width in ((names.q, spec.C), (names.k, spec.Ckv), (names.v, spec.Ckv)):
+            self.add_module(name, nn.Linear(spec.D, width, bias=spec.qkv_bias))
+        self.add_module(names.o, nn.Linear(spec.C, spec.D, bias=spec.output_bias))
         if spec.qk_norm:
-            self.q_norm = RMSNorm(spec.N, spec.rms_norm_eps)
-            self.k_norm = RMSNorm(spec.N, spec.rms_norm_eps)
+            self.add_module(names.q_norm, RMSNorm(spec.N, spec.rms_norm_eps))
+            self.add_module(names.k_norm, RMSNorm(spec.N, spec.rms_norm_eps))
 
     def project(
         self, x_q: Tensor, x_k: Tensor, x_v: Tensor, cos_sin: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, D) inputs to q (B, T, H, N) and k, v (B, T, Hkv, N), normed and, given `cos_sin`, rotated."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.spec.N)) for p, x in ((self.q_proj, x_q), (self.k_proj, x_k), (self.v_proj, x_v)))
+        names = self.names
+        inputs = ((names.q, x_q), (names.k, x_k), (names.v, x_v))
+        q, k, v = (getattr(self, name)(x).unflatten(-1, (-1, self.spec.N)) for name, x in inputs)
         if self.spec.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = getattr(self, names.q_norm)(q), getattr(self, names.k_norm)(k)
         if cos_sin is not None:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         return q, k, v
+
+    def output_of(self, p: Tensor) -> Tensor:
+        """p (B, T, C) through the output projection (B, T, D)."""
+        out: Tensor = getattr(self, self.names.o)(p)
+        return out
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(..., heads*N) to (..., heads, N)."""
+        return x.unflatten(-1, (-1, self.spec.N))
 
 
 def declare(module: nn.Module, **shapes: tuple[int, ...]) -> None:
@@ -106,6 +122,11 @@ def declare_gate(module: Any, spec: ModelSpec) -> None:
         module.gate = nn.Linear(spec.D, spec.C, bias=False)
     elif spec.mixer.gate == "lowrank":
         declare(module, g1=(spec.D, spec.ranks.gate), g2=(spec.ranks.gate, spec.C))
+
+
+def unit(k: Tensor) -> Tensor:
+    """7.4, H.6: k over its norm per head, at least 1e-12, computed in float32."""
+    return F.normalize(k.float(), dim=-1, eps=1e-12).to(k.dtype)
 
 
 def gated(module: Any, spec: ModelSpec, p: Tensor, x: Tensor) -> Tensor:

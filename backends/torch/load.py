@@ -42,12 +42,12 @@ def new_model(spec: ModelSpec, seed: int) -> Model:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, row in spec.tensors().items():
-        if row.init != "copy":
+        if not row.copied:
             weights[name] = torch.from_numpy(first_values(name, row, spec, seed))
         elif len(row.shape) == 1:
             weights[name] = torch.full(row.shape, 0.0 if name.endswith("bias") else 1.0)
         else:
-            branch_end = name.endswith(("o_proj.weight", "down_proj.weight"))
+            branch_end = name.endswith(("o_proj.weight", "output.weight", "down_proj.weight"))
             deviation = 0.02 / (2 * spec.L) ** 0.5 if branch_end else 0.02
             weights[name] = torch.randn(row.shape, generator=generator) * deviation
     model.load_state_dict(weights, assign=True)

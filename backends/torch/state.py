@@ -22,7 +22,7 @@ class ModelState:
 
 @dataclass
 class MixContext:
-    """What all layers of one call share; `v_first` is set by the first RAD-RWKV7 layer (7.5)."""
+    """What all layers of one call share; `carry` holds the first recurrent layer's values (7.5), and keys (H.4)."""
 
     cos_sin: tuple[Tensor, Tensor]
     visible: Tensor | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from radlads.mixers.table import Mixer, Row, projection_rows
+from radlads.mixers.table import Mixer, RankRule, Row, projection_rows
 
 
 def rwkv6_rows(spec: Any, layer: int) -> Iterator[Row]:
@@ -13,7 +13,8 @@ def rwkv6_rows(spec: Any, layer: int) -> Iterator[Row]:
     if opts.token_shift:
         yield Row("time_maa_x", (1, 1, D), "const:1.0", "mixer", keep=True)
         for slot in "rkvwg":
-            yield Row(f"time_maa_{slot}", (1, 1, D), "zeros", "mixer", keep=True)
+            read = slot != "g" or opts.gate != "none"
+            yield Row(f"time_maa_{slot}", (1, 1, D), "zeros", "mixer", keep=True, read=read)
         yield Row("time_maa_w1", (D, 5 * ranks.tokenshift), "zeros", "mixer", keep=True)
         yield Row("time_maa_w2", (5, ranks.tokenshift, D), "uniform:0.01", "mixer", keep=True)
     yield Row("time_decay", (1, 1, C), "decay6", "mixer", keep=True)
@@ -37,4 +38,11 @@ def rwkv6_state(spec: Any) -> dict[str, tuple[int, ...]]:
     return state
 
 
-RWKV6 = Mixer("rwkv6", rwkv6_rows, rwkv6_state, ranks=("tokenshift", "decay", "gate"))
+RWKV6 = Mixer(
+    "rwkv6",
+    rwkv6_rows,
+    rwkv6_state,
+    ranks={"tokenshift": RankRule("D", 0.5, 1.8), "decay": RankRule("D", 0.5, 1.8), "gate": RankRule("D", 0.8, 0.6)},
+    flags=("gate", "rope", "token_shift", "balance", "groupnorm", "clamp"),
+    scan_flops=4,
+)

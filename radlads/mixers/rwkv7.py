@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from radlads.mixers.table import Mixer, Row, projection_rows
+from radlads.mixers.table import Mixer, RankRule, Row, projection_rows
 
 
 def rwkv7_rows(spec: Any, layer: int) -> Iterator[Row]:
@@ -39,4 +39,16 @@ def rwkv7_state(spec: Any) -> dict[str, tuple[int, ...]]:
     return {"wkv": (spec.H, spec.N, spec.N)}
 
 
-RWKV7 = Mixer("rwkv7", rwkv7_rows, rwkv7_state, ranks=("decay", "iclr", "value_residual", "gate"))
+RWKV7 = Mixer(
+    "rwkv7",
+    rwkv7_rows,
+    rwkv7_state,
+    ranks={
+        "decay": RankRule("D", 0.5, 1.8),
+        "iclr": RankRule("D", 0.5, 1.8),
+        "value_residual": RankRule("D", 0.5, 1.3),
+        "gate": RankRule("D", 0.8, 0.6),
+    },
+    flags=("gate", "rope", "variant", "groupnorm"),
+    scan_flops=8,
+)

@@ -3,7 +3,7 @@
 Standard library only: the model files shipped in a checkpoint carry this module.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from typing import Any
 class Row:
     """One tensor of a model: its name, shape, first value and treatment.
 
-    `init` is "copy" (the teacher's tensor), or a rule of `radlads.inits` such as "zeros", "const:0.85",
-    "uniform:0.01", "orthogonal:0.1", "decay6", "decay7".
+    `init` is "copy" (the teacher's tensor of this name), "copy:q_proj.weight" (the teacher's tensor of that name in the same
+    place), or a rule of `radlads.inits` such as "zeros", "const:0.85", "uniform:0.01", "orthogonal:0.1", "decay6".
     `group` is the optimiser group: "mixer" or "base". `keep` marks tensors that quantisation must not touch.
     `read` is False for a tensor that stands in published files but that no forward pass reads.
     """
@@ -25,31 +25,73 @@ class Row:
     keep: bool = False
     read: bool = True
 
+    @property
+    def copied(self) -> bool:
+        """Whether a student takes it over from its teacher."""
+        return self.init.partition(":")[0] == "copy"
+
+    def origin(self, full_name: str) -> str:
+        """Full name of the teacher's tensor that the row `full_name` takes over."""
+        return full_name.removesuffix(self.name) + (self.init.partition(":")[2] or self.name)
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """Width of a low-rank pair of a new student: 32 max(1, round(base^exponent factor / 32)), `base` "D" or "C"."""
+
+    base: str
+    exponent: float
+    factor: float
+
+    def width(self, spec: Any) -> int:
+        """The width for a model (`spec`: ModelSpec)."""
+        return 32 * max(1, round(getattr(spec, self.base) ** self.exponent * self.factor / 32))
+
 
 @dataclass(frozen=True)
 class Mixer:
     """A kind of token mixing: `rows(spec, layer)` yields its tensors, named below `self_attn.`.
 
     `state(spec)` maps the names of its recurrent state to shapes without the batch axis; softmax attention has
-    none of constant size. `ranks` names the low-rank widths it uses. `recurrent` is False for softmax.
+    none of constant size. `ranks` holds the rule of each low-rank width it uses, `flags` the MixerOptions it reads,
+    `scan_flops` the operations of the recurrence per head as a multiple of N^2. `recurrent` is False for softmax.
     """
 
     name: str
     rows: Callable[[Any, int], Iterator[Row]]
     state: Callable[[Any], dict[str, tuple[int, ...]]]
     recurrent: bool = True
-    ranks: tuple[str, ...] = field(default=())
+    ranks: Mapping[str, RankRule] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+    scan_flops: int = 0
 
 
-def projection_rows(spec: Any) -> Iterator[Row]:
-    """q, k, v, o with the teacher's names, biases and per-head norms (`spec`: ModelSpec)."""
-    for name, width in (("q_proj", spec.C), ("k_proj", spec.Ckv), ("v_proj", spec.Ckv)):
-        yield Row(f"{name}.weight", (width, spec.D), group="mixer")
-        if spec.qkv_bias:
-            yield Row(f"{name}.bias", (width,), group="mixer")
-    yield Row("o_proj.weight", (spec.D, spec.C), group="mixer")
-    if spec.output_bias:
-        yield Row("o_proj.bias", (spec.D,), group="mixer")
+@dataclass(frozen=True)
+class ProjectionNames:
+    """How a mixer names its projections and per-head norms."""
+
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+
+
+TEACHER_NAMES = ProjectionNames()
+
+
+def projection_rows(spec: Any, names: ProjectionNames = TEACHER_NAMES) -> Iterator[Row]:
+    """q, k, v, o with the teacher's biases and per-head norms, under `names` (`spec`: ModelSpec)."""
+
+    def row(name: str, origin: str, shape: tuple[int, ...]) -> Row:
+        return Row(name, shape, "copy" if name == origin else f"copy:{origin}", "mixer")
+
+    for which, width in (("q", spec.C), ("k", spec.Ckv), ("v", spec.Ckv), ("o", spec.D)):
+        name, origin = getattr(names, which), getattr(TEACHER_NAMES, which)
+        yield row(f"{name}.weight", f"{origin}.weight", (width, spec.C if which == "o" else spec.D))
+        if spec.output_bias if which == "o" else spec.qkv_bias:
+            yield row(f"{name}.bias", f"{origin}.bias", (width,))
     if spec.qk_norm:
-        yield Row("q_norm.weight", (spec.N,), group="mixer")
-        yield Row("k_norm.weight", (spec.N,), group="mixer")
+        yield row(f"{names.q_norm}.weight", "q_norm.weight", (spec.N,))
+        yield row(f"{names.k_norm}.weight", "k_norm.weight", (spec.N,))

@@ -5,13 +5,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from radlads.oracle.hxa import hxa_oracle
 from radlads.oracle.parts import Array, Weights, linear, rms_norm, sigmoid
 from radlads.oracle.rwkv6 import rwkv6_oracle
 from radlads.oracle.rwkv7 import rwkv7_oracle
 from radlads.oracle.softmax import softmax_oracle
 from radlads.spec import ModelSpec
 
-ORACLES = {"softmax": softmax_oracle, "rwkv6": rwkv6_oracle, "rwkv7": rwkv7_oracle}
+ORACLES = {
+    "softmax": softmax_oracle,
+    "rwkv6": rwkv6_oracle,
+    "rwkv7": rwkv7_oracle,
+    "hxa079": hxa_oracle,
+    "hxa07a": hxa_oracle,
+    "hxa07b": hxa_oracle,
+    "hxa07c": hxa_oracle,
+}
 
 
 class OracleState:

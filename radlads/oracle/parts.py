@@ -52,7 +52,7 @@ def repeat_heads(x: Array, spec: ModelSpec) -> Array:
 
 
 def project(weights: Weights, spec: ModelSpec, name: str, x: Array, *, rope: bool, start: int) -> Array:
-    """S.1-S.3 for q_proj or k_proj: (T, D) to (T, heads, N)."""
+    """S.1-S.3, H.1 for the query or key projection `name`: (T, D) to (T, heads, N)."""
     y = heads(linear(weights, name, x), spec)
     norm = name[0] + "_norm.weight"
     if spec.qk_norm:

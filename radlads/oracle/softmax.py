@@ -12,8 +12,8 @@ def softmax_oracle(
     weights: Weights, spec: ModelSpec, x: Array, state: dict[str, Any], carry: dict[str, Array], start: int
 ) -> Array:
     """x (T, D) to (T, D); keys and values of earlier calls are kept in `state`."""
-    q = project(weights, spec, "q_proj", x, rope=True, start=start)
-    k = project(weights, spec, "k_proj", x, rope=True, start=start)
+    q = project(weights, spec, "q_proj", x, rope=spec.mixer.kept_rope, start=start)
+    k = project(weights, spec, "k_proj", x, rope=spec.mixer.kept_rope, start=start)
     v = heads(linear(weights, "v_proj", x), spec)
     if "k" in state:
         k, v = np.concatenate([state["k"], k]), np.concatenate([state["v"], v])

@@ -44,8 +44,13 @@ SPECS = {
     "rwkv7 B": QWEN3.as_student("rwkv7", variant="B", gate="none"),
     "rwkv7 C": QWEN3.as_student("rwkv7"),
     "rwkv7 hybrid": QWEN3.as_student("rwkv7", (0, 2), gate="full", rope=False),
+    "hxa079": QWEN3.as_student("hxa079"),
+    "hxa079 hybrid": QWEN3.as_student("hxa079", (1,)),
+    "hxa07a": QWEN3.as_student("hxa07a", (2,), kept_rope=True),
+    "hxa07b": QWEN3.as_student("hxa07b", rope=False),
+    "hxa07c": QWEN3.as_student("hxa07c"),
 }
-HYBRIDS = ["qwen3", "rwkv6", "rwkv6 hybrid", "rwkv7 C", "rwkv7 hybrid"]
+HYBRIDS = ["qwen3", "rwkv6", "rwkv6 hybrid", "rwkv7 C", "rwkv7 hybrid", "hxa079 hybrid"]
 
 
 @lru_cache
@@ -148,7 +153,7 @@ def test_right_padding_extract_and_extend_change_nothing(name):
         assert relative(step[i], alone(model, *parts)[-1:]) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["rwkv6", "rwkv7 B", "rwkv7 hybrid"])
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7 B", "rwkv7 hybrid", "hxa079 hybrid"])
 def test_gradient_equals_the_oracle_slope(name):
     model, weights = build(name)
     tokens, rng = tokens_of(12), np.random.default_rng(2)

@@ -14,6 +14,7 @@ import pytest
 from radlads.errors import RadladsError
 from radlads.files import sha256
 from radlads.folder import ModelFolder, open_folder
+from radlads.spec import ModelSpec
 from radlads.tensors import read_float32, read_raw
 from radlads.weights_tools.surgery import make_student
 from tests.models import rewrite, tiny_teacher
@@ -129,6 +130,59 @@ def test_first_values_of_rwkv6(tmp_path: Path) -> None:
             np.testing.assert_array_equal(values, bf16(values))
 
 
+@pytest.mark.parametrize("arch", ["hxa079", "hxa07b"])
+def test_first_values_of_hxa(arch: str, tmp_path: Path) -> None:
+    student = student_of(tiny_teacher(tmp_path / "t", **SMALL), tmp_path / "s", arch)
+    N, C, L = 16, 64, 3
+    for layer in range(L):
+        w = {
+            name.rpartition("self_attn.")[2]: read_float32(entry).astype(np.float64)
+            for name, entry in student.weights.items()
+            if f".layers.{layer}.self_attn." in name
+        }
+        z = [((n % N) - (N - 1) / 2) / ((N - 1) / 2) for n in range(C)]
+        z = np.array([y * abs(y) for y in z])
+        lin = np.arange(C) / (C - 1)
+        np.testing.assert_array_equal(w["w0"].reshape(-1), bf16(-5.5 + 6 * lin ** (1 + (layer / (L - 1)) ** 0.3) + 2.5 * z))
+        np.testing.assert_array_equal(w["a0"].reshape(-1), bf16(-0.19 + 0.3 * z + 0.4 * (lin - 0.5)))
+        second = [name for name in w if name in ("w2", "a2", "g2", "v2", "k2")]
+        assert len(second) == (5 if arch == "hxa079" else 4)
+        for name in second:
+            assert_semi_orthogonal(w[name], 0.1)
+            assert not w[name[0] + "1"].any()
+        if arch == "hxa079":
+            for name, value in (("v0", 0.73), ("k0", 0.73), ("r_k", -0.04)):
+                assert (w[name] == bf16(np.array(value))).all()
+
+
+def test_hxa_takes_over_under_other_names_and_scaled(tmp_path: Path) -> None:
+    teacher = open_folder(tiny_teacher(tmp_path / "t", "qwen3", dtype="BF16", qkv_bias=True, output_bias=True, **SMALL))
+    student = make_student(
+        teacher, tmp_path / "s", arch="hxa079", keep_softmax=[1], options={}, transfer_scale=(1.0, 0.5, 0.3, 0.5)
+    )
+    names = {"receptance": ("q_proj", 1.0), "key": ("k_proj", 0.5), "value": ("v_proj", 0.3), "output": ("o_proj", 0.5)}
+    for layer in (0, 2):
+        place = f"model.layers.{layer}.self_attn."
+        for ours, (theirs, factor) in names.items():
+            for part in ("weight", "bias") if ours != "output" else ("weight",):
+                wanted = bf16(read_float32(teacher.weights[f"{place}{theirs}.{part}"]) * np.float32(factor))
+                np.testing.assert_array_equal(read_float32(student.weights[f"{place}{ours}.{part}"]), wanted)
+        for ours, theirs in (("r_norm", "q_norm"), ("k_norm", "k_norm")):
+            a, b = student.weights[f"{place}{ours}.weight"], teacher.weights[f"{place}{theirs}.weight"]
+            assert read_raw(a).tobytes() == read_raw(b).tobytes()
+    name = "model.layers.1.self_attn.v_proj.weight"
+    assert read_raw(student.weights[name]).tobytes() == read_raw(teacher.weights[name]).tobytes()
+    assert student.manifest is not None and student.manifest["student"]["transfer_scale"] == [1.0, 0.5, 0.3, 0.5]
+    with pytest.raises(RadladsError, match=r"R101.*four numbers"):
+        make_student(teacher, tmp_path / "u", arch="hxa079", options={}, transfer_scale=(1.0, 0.5))
+
+
+@pytest.mark.parametrize(("arch", "wanted"), [("hxa079", (256, 128, 96, 96, 256)), ("rwkv7", (128, 128, 96, 0, 480))])
+def test_published_ranks_of_qwen3_8b(arch: str, wanted: tuple[int, ...]) -> None:
+    ranks = ModelSpec("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, qk_norm=True).as_student(arch).ranks
+    assert (ranks.decay, ranks.iclr, ranks.value_residual, ranks.key_residual, ranks.gate) == wanted
+
+
 def test_seed_decides_random_tensors_and_nothing_else(tmp_path: Path) -> None:
     teacher = tiny_teacher(tmp_path / "t", **SMALL)
     first, same, other = (student_of(teacher, tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
@@ -193,6 +247,8 @@ def test_manifest_tells_the_teacher_and_the_choice(tmp_path: Path) -> None:
         ({"options": {"gaet": "full"}}, "R101"),
         ({"options": {"gate": "half"}}, "R101"),
         ({"options": {"variant": "D"}}, "R101"),
+        ({"options": {"token_shift": True}}, "R101"),
+        ({"arch": "hxa079", "options": {"gate": "full"}}, "R101"),
     ],
 )  # fmt: skip
 def test_impossible_choices_write_nothing(choice: dict[str, Any], code: str, tmp_path: Path) -> None:

@@ -34,10 +34,8 @@ class Rwkv6Mixer(RecurrentProjections):
         if spec.mixer.groupnorm:
             self.ln_x = HeadNorm(spec)
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | None, cache: Any, v_first: mx.array | None
-    ) -> tuple[mx.array, mx.array | None]:
-        """x (B, T, D) to the output (B, T, D); mask (B, T) is False on padding, None without; `v_first` passes by."""
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any, carry: Any) -> tuple[mx.array, Any]:
+        """x (B, T, D) to the output (B, T, D); mask (B, T) is False on padding, None without; `carry` passes by."""
         opts = self.spec.mixer
         (x,) = real_only(mask, x)
         x_r = x_k = x_v = x_w = x_g = x
@@ -54,11 +52,11 @@ class Rwkv6Mixer(RecurrentProjections):
         state = None if cache is None else cache[WKV]
         p, state = wkv6(q, k, v, log_w, state, scale=self.spec.N**-0.5, min_log_w=opts.clamp)  # 6.6, 6.7
         p = self.ln_x(p) if opts.groupnorm else p.flatten(2)
-        out = self.o_proj(gated(self, self.spec, p, x_g))  # 6.8
+        out = self.output_of(gated(self, self.spec, p, x_g))  # 6.8
         if cache is not None:
             cache[WKV] = state
             out = advance_cache(cache, mask, out)
-        return out, v_first
+        return out, carry
 
     def previous(self, x: mx.array, cache: Any) -> mx.array:
         """x (B, T, D) one token earlier, zeros before the first; stores the last real token in the cache."""

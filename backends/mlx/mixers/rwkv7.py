@@ -1,6 +1,5 @@
 """RAD-RWKV7, equations 7.1-7.9 of docs/mixers.md."""
 
-import math
 from typing import Any
 
 import mlx.core as mx
@@ -8,6 +7,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from radlads.backends.mlx.kernels.wkv7 import wkv7
 from radlads.backends.mlx.layers import (
+    RWKV7_MIN_LOG_W,
     WKV,
     HeadNorm,
     RecurrentProjections,
@@ -16,11 +16,9 @@ from radlads.backends.mlx.layers import (
     declare_gate,
     gated,
     real_only,
+    unit_keys,
 )
 from radlads.spec import ModelSpec
-
-# 7.2: no decay is stronger than exp(-exp(-1/2)) per token.
-RWKV7_MIN_LOG_W = -math.exp(-0.5)
 
 
 class Rwkv7Mixer(RecurrentProjections):
@@ -37,10 +35,10 @@ class Rwkv7Mixer(RecurrentProjections):
         if spec.mixer.groupnorm:
             self.ln_x = HeadNorm(spec)
 
-    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any, v_first: mx.array | None) -> tuple[mx.array, mx.array]:
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any, carry: Any) -> tuple[mx.array, Any]:
         """x (B, T, D) to the output (B, T, D) and the first recurrent layer's values (B, T, H, N).
 
-        mask (B, T) is False on padding, None without; `v_first` is None in the first recurrent layer.
+        mask (B, T) is False on padding, None without; `carry` is None in the first recurrent layer.
         """
         opts = self.spec.mixer
         r, k, v = self.project_heads(x, x, x, cache)  # 7.1
@@ -57,27 +55,21 @@ class Rwkv7Mixer(RecurrentProjections):
             key_scale = 1 + (a - 1) * self.heads(self.k_a)
             beta = kappa * (key_scale if opts.variant == "A" else a)
             k = k * key_scale
-        if v_first is None:  # 7.5
-            v_first = v
+        if carry is None:  # 7.5
+            carry = v
         else:
-            v = v + (v_first - v) * self.heads(mx.sigmoid(self.v0 + x @ self.v1 @ self.v2))
+            v = v + (carry - v) * self.heads(mx.sigmoid(self.v0 + x @ self.v1 @ self.v2))
         k, v, kappa, log_w = real_only(mask, k, v, kappa, log_w)
         state = None if cache is None else cache[WKV]
         scale = 1.0 if opts.groupnorm else self.spec.N**-0.5  # 7.8
         p, state = wkv7(r, log_w, k, v, -kappa, beta, state, scale=scale, min_log_w=RWKV7_MIN_LOG_W)  # 7.6, 7.7
         p = self.ln_x(p) if opts.groupnorm else p.flatten(2)
-        out = self.o_proj(gated(self, self.spec, p, x))  # 7.9
+        out = self.output_of(gated(self, self.spec, p, x))  # 7.9
         if cache is not None:
             cache[WKV] = state
             out = advance_cache(cache, mask, out)
-        return out, v_first
+        return out, carry
 
     def make_cache(self) -> ArraysCache:
         """An empty cache for this layer."""
         return ArraysCache(2)
-
-
-def unit_keys(k: mx.array) -> mx.array:
-    """k (..., N) over its norm, at least 1e-12, in float32; the gradient of a zero key is finite."""
-    k = k.astype(mx.float32)
-    return k * mx.rsqrt(mx.maximum((k * k).sum(axis=-1, keepdims=True), 1e-24))

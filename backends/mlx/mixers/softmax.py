@@ -16,15 +16,16 @@ class SoftmaxMixer(Projections):
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__(spec)
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any, v_first: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        """x (B, T, D) to the output (B, T, D); mask as mlx_lm's create_attention_mask gives it; `v_first` passes by."""
+    def __call__(self, x: mx.array, mask: Any, cache: Any, carry: Any) -> tuple[mx.array, Any]:
+        """x (B, T, D) to the output (B, T, D); mask as mlx_lm's create_attention_mask gives it; `carry` passes by."""
         q, k, v = (y.swapaxes(1, 2) for y in self.project(x, x, x))  # (B, heads, T, N)
-        first = 0 if cache is None else cache.offset
-        q, k = self.rotate(q, first), self.rotate(k, first)
+        if self.spec.mixer.kept_rope:
+            first = 0 if cache is None else cache.offset
+            q, k = self.rotate(q, first), self.rotate(k, first)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         p = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.spec.N**-0.5, mask=mask)
-        return self.o_proj(p.swapaxes(1, 2).flatten(2)), v_first
+        return self.output_of(p.swapaxes(1, 2).flatten(2)), carry
 
     def make_cache(self) -> KVCache:
         """An empty cache for this layer."""

@@ -62,7 +62,7 @@ class Rwkv6Mixer(Projections):
         p = p.flatten(2)
         if opts.groupnorm:
             p = self.ln_x(p)
-        return self.o_proj(gated(self, self.spec, p, x_g)), new_state  # 6.8
+        return self.output_of(gated(self, self.spec, p, x_g)), new_state  # 6.8
 
     def previous(self, x: Tensor, state: LayerState, context: MixContext) -> Tensor:
         """x one token earlier: the stored one before the first, zeros at the start of a sequence."""

@@ -1,17 +1,21 @@
 """RAD-RWKV7, equations 7.1-7.9 of docs/mixers.md."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.wkv7 import wkv7
-from radlads.backends.torch.layers import HeadNorm, Projections, declare, declare_gate, gated, repeat_heads
+from radlads.backends.torch.layers import (
+    RWKV7_MIN_LOG_W,
+    HeadNorm,
+    Projections,
+    declare,
+    declare_gate,
+    gated,
+    repeat_heads,
+    unit,
+)
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.spec import ModelSpec
-
-# 7.2: no decay is stronger than exp(-exp(-1/2)) per token.
-RWKV7_MIN_LOG_W = -math.exp(-0.5)
 
 
 class Rwkv7Mixer(Projections):
@@ -69,13 +73,4 @@ class Rwkv7Mixer(Projections):
         )  # 7.6, 7.7
         p = p.flatten(2)
         p = self.ln_x(p) if opts.groupnorm else p * self.spec.N**-0.5  # 7.8
-        return self.o_proj(gated(self, self.spec, p, x)), {"wkv": wkv}  # 7.9
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., H, N)."""
-        return x.unflatten(-1, (self.spec.H, self.spec.N))
-
-
-def unit(k: Tensor) -> Tensor:
-    """k over its norm per head, at least 1e-12, computed in float32."""
-    return torch.nn.functional.normalize(k.float(), dim=-1, eps=1e-12).to(k.dtype)
+        return self.output_of(gated(self, self.spec, p, x)), {"wkv": wkv}  # 7.9

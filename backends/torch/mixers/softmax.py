@@ -17,7 +17,7 @@ class SoftmaxMixer(Projections):
 
     def forward(self, x: Tensor, context: MixContext, state: LayerState) -> tuple[Tensor, LayerState]:
         """x (B, T, D) to the output (B, T, D) and the state with the new keys and values (B, S, Hkv, N)."""
-        q, k, v = self.project(x, x, x, context.cos_sin)
+        q, k, v = self.project(x, x, x, context.cos_sin if self.spec.mixer.kept_rope else None)
         if state:
             k, v = torch.cat([state["k"], k], 1), torch.cat([state["v"], v], 1)
         visible = context.visible
@@ -29,4 +29,4 @@ class SoftmaxMixer(Projections):
             is_causal=visible is None and q.shape[1] > 1,
             enable_gqa=self.spec.H != self.spec.Hkv,
         )
-        return self.o_proj(p.transpose(1, 2).flatten(2)), {"k": k, "v": v}
+        return self.output_of(p.transpose(1, 2).flatten(2)), {"k": k, "v": v}

@@ -1,0 +1,76 @@
+"""hxa079, hxa07A, hxa07B and hxa07C, equations H.1-H.11 of docs/mixers.md."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
+
+from radlads.backends.mlx.kernels.wkv7 import wkv7
+from radlads.backends.mlx.layers import (
+    RWKV7_MIN_LOG_W,
+    WKV,
+    RecurrentProjections,
+    advance_cache,
+    declare,
+    real_only,
+    unit_keys,
+)
+from radlads.mixers.hxa import HXA_FORMS, HXA_NAMES
+from radlads.spec import ModelSpec
+
+
+class HxaMixer(RecurrentProjections):
+    """Generalised delta rule with balanced keys; the four kinds differ by their HxaForm. Its cache is as RAD-RWKV7's."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__(spec, HXA_NAMES)
+        self.form = HXA_FORMS[spec.mixers[layer]]
+        D, C, Ckv, ranks = spec.D, spec.C, spec.Ckv, spec.ranks
+        declare(self, w0=(1, 1, C), w1=(D, ranks.decay), w2=(ranks.decay, C))
+        declare(self, a0=(1, 1, C), a1=(D, ranks.iclr), a2=(ranks.iclr, C))
+        declare(self, g1=(D, ranks.gate), g2=(ranks.gate, C))
+        if self.form.residual:
+            declare(self, v0=(1, 1, Ckv), v1=(D, ranks.value_residual), v2=(ranks.value_residual, Ckv))
+            declare(self, k0=(1, 1, Ckv), k1=(D, ranks.key_residual), k2=(ranks.key_residual, Ckv))
+        if self.form.value_pair:
+            declare(self, v1=(D, ranks.value_residual), v2=(ranks.value_residual, C))
+        if self.form.bonus:
+            declare(self, r_k=(spec.H, spec.N))
+
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any, carry: Any) -> tuple[mx.array, Any]:
+        """x (B, T, D) to the output (B, T, D) and, for hxa079, the first recurrent layer's k and v (B, T, Hkv, N).
+
+        mask (B, T) is False on padding, None without; `carry` is None in the first recurrent layer.
+        """
+        form = self.form
+        r, k, v = self.project_rotated(x, x, x, cache)  # H.1
+        d = self.heads((self.w0 + mx.tanh(x @ self.w1) @ self.w2).astype(mx.float32))
+        log_w = RWKV7_MIN_LOG_W * mx.sigmoid(d)  # H.2
+        a = self.heads(mx.sigmoid((self.a0 + x @ self.a1 @ self.a2).astype(mx.float32)))  # H.3
+        if form.residual and carry is None:  # H.4
+            carry = (k, v)
+        elif form.residual:
+            k = k + (carry[0] - k) * self.heads(mx.sigmoid(self.k0 + x @ self.k1 @ self.k2))
+            v = v + (carry[1] - v) * self.heads(mx.sigmoid(self.v0 + x @ self.v1 @ self.v2))
+        k, v = self.repeated(k), self.repeated(v)  # H.5
+        if form.value_pair:
+            v = v + 0.2 * self.heads(x @ self.v1 @ self.v2)
+        kappa = unit_keys(k)  # H.6
+        factor = -mx.expm1(log_w) if form.true_decay else 1.5 + mx.logaddexp(-d, 0.0)  # H.7: 1 - w, or 1 - L
+        k = k * (factor + a)
+        beta = kappa * a
+        bonus = (r * k * self.r_k).sum(axis=-1, keepdims=True) * v if form.bonus else None  # H.10
+        k, v, kappa, log_w = real_only(mask, k, v, kappa, log_w)
+        state = None if cache is None else cache[WKV]
+        p, state = wkv7(r, log_w, k, v, -kappa, beta, state, scale=self.spec.N**-0.5, min_log_w=RWKV7_MIN_LOG_W)  # H.8, H.9
+        p = (p if bonus is None else p + bonus).flatten(2)
+        p = (p * (mx.sigmoid(x @ self.g1) @ self.g2)).astype(x.dtype)
+        out = self.output_of(p)  # H.11
+        if cache is not None:
+            cache[WKV] = state
+            out = advance_cache(cache, mask, out)
+        return out, carry
+
+    def make_cache(self) -> ArraysCache:
+        """An empty cache for this layer."""
+        return ArraysCache(2)
