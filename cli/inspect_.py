@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from radlads.cli.options import arg, opt
 from radlads.cli.render import Table, size
@@ -18,6 +18,8 @@ class InspectOptions:
     """Which folder, and how much of it."""
 
     model: str = arg("Folder of the model.", metavar="MODEL", flag="--model")
+    variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7 model, which files do not say.")
+    config: str | None = opt(None, "Folder or config.json to read instead of the model's.", metavar="PATH")
     tensors: bool = opt(False, "List every tensor.", "--tensors")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
@@ -51,6 +53,7 @@ class InspectResult:
     teacher: str | None
     history: list[Any]
     files: dict[str, int]
+    notices: list[str] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
 
     def blocks(self) -> list[Table | str]:
@@ -73,6 +76,8 @@ class InspectResult:
         if self.teacher:
             rows.append(("teacher", self.teacher))
         blocks: list[Table | str] = [Table(("", ""), rows)]
+        if self.notices:
+            blocks.append(Table(("inferred",), [(notice,) for notice in self.notices]))
         if self.history:
             blocks.append(Table(("history",), [(_event(event),) for event in self.history]))
         blocks.append(Table(("file", "size"), [(name, size(count)) for name, count in self.files.items()], right=("size",)))
@@ -86,7 +91,7 @@ def inspect_model(options: InspectOptions) -> InspectResult:
     """Read config, manifest and weight headers; R201 to R205 when they do not hold together."""
     from radlads.folder import open_folder
 
-    folder = open_folder(options.model)
+    folder = open_folder(options.model, variant=options.variant, config_from=options.config)
     spec = folder.spec
     dimensions = spec.to_dict()
     mixers, mixer_options = dimensions.pop("mixers"), dimensions.pop("mixer")
@@ -109,6 +114,7 @@ def inspect_model(options: InspectOptions) -> InspectResult:
         teacher=teacher.get("name") if isinstance(teacher, dict) else None,
         history=_list(manifest.get("history")),
         files=_sizes(folder),
+        notices=list(folder.notices),
         tensors=_tensors(folder) if options.tensors else [],
     )
 

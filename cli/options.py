@@ -49,14 +49,23 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = opt(
         None, "Type of the weights in memory, instead of the stored one.", panel="Model"
     )
+    variant: Literal["A", "B", "C"] | None = opt(
+        None, "Era of a published RAD-RWKV7 model, which files do not say.", panel="Model"
+    )
+    config: str | None = opt(
+        None, "Folder or config.json of the model's teacher, to read instead of the model's.", panel="Model", metavar="PATH"
+    )
 
     def open(self) -> OpenModel:
         """Open folder, tokenizer and engine; every error is raised before anything is computed."""
         from radlads.backends import open_engine
+        from radlads.cli.render import note
         from radlads.folder import open_folder
         from radlads.tokenizer import Tokenizer
 
-        folder = open_folder(self.model)
+        folder = open_folder(self.model, variant=self.variant, config_from=self.config)
+        for notice in folder.notices:
+            note(f"note: {notice}")
         tokenizer = Tokenizer(folder.path, vocab_size=folder.spec.vocab_size)
         return OpenModel(folder, tokenizer, open_engine(folder, backend=self.backend, dtype=self.dtype))
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from radlads.errors import RadladsError, fail
-from radlads.families import read_config, write_config
+from radlads.families import write_config
+from radlads.families.published import is_published, spec_of
 from radlads.files import check_space, new_folder, read_json, sha256, write_file
 from radlads.mixers.table import Row
 from radlads.spec import ModelSpec
@@ -60,6 +61,7 @@ class ModelFolder:
     spec: ModelSpec
     weights: dict[str, Entry] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()  # what had to be inferred of a published model
 
     @property
     def stage(self) -> int | None:
@@ -98,8 +100,12 @@ def bits(raw: Raw) -> Raw:
     return raw.view(f"<u{raw.itemsize}")
 
 
-def open_folder(path: Path | str, *, weights: bool = True) -> ModelFolder:
-    """Open and check a model folder; `weights=False` reads the config alone.
+def open_folder(
+    path: Path | str, *, weights: bool = True, variant: str | None = None, config_from: Path | str | None = None
+) -> ModelFolder:
+    """Open and check a model folder; `weights=False` reads the config alone (and headers where the config needs them).
+
+    `config_from` is a folder or JSON file whose config is read instead; `variant` is the era of a published RAD-RWKV7 model.
 
     R201 unreadable, R202 bad weights file, R203 tensors that do not fit, R204 bad config or manifest, R205 unsupported.
     """
@@ -107,16 +113,28 @@ def open_folder(path: Path | str, *, weights: bool = True) -> ModelFolder:
     if not path.is_dir():
         why = "it is no folder" if path.exists() else "there is no such folder"
         raise fail("R201", where=path, why=why, fix="Give the folder that holds config.json and the weights")
-    config = read_json(contained(path, CONFIG))
+    config = read_json(config_path(path, config_from))
+    stored = open_weights(path) if weights or is_published(config) else {}
     try:
-        spec = read_config(config)
+        found = spec_of(config, {name: entry.shape for name, entry in stored.items()}, variant=variant)
+        spec = found.spec
         rows = spec.tensors()
     except RadladsError as error:
-        raise fail(error.code, where=path / error.where, why=error.why, fix=error.fix) from None
+        place = error.where if error.where.startswith("--") else path / error.where
+        raise fail(error.code, where=place, why=error.why, fix=error.fix) from None
     except (TypeError, ValueError) as error:
         raise fail("R204", where=path / CONFIG, why=str(error), fix="Get the file again from its source") from None
     manifest = read_manifest(path, spec)
-    return ModelFolder(path, config, spec, fitting(path, spec, rows, open_weights(path)) if weights else {}, manifest)
+    kept = {name: entry for name, entry in stored.items() if name not in found.ignored}
+    return ModelFolder(path, config, spec, fitting(path, spec, rows, kept) if weights else {}, manifest, found.notices)
+
+
+def config_path(path: Path, config_from: Path | str | None) -> Path:
+    """The config to read: the folder's own, or that of another folder or file."""
+    if config_from is None:
+        return contained(path, CONFIG)
+    other = Path(config_from)
+    return contained(other, CONFIG) if other.is_dir() else other
 
 
 def read_manifest(path: Path, spec: ModelSpec) -> dict[str, Any] | None:

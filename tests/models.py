@@ -17,7 +17,9 @@ DIMS: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
     "vocab_size": 300, "rope_theta": 54321.0,
 }  # fmt: skip
-FLAGS: dict[str, dict[str, bool]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}}
+FLAGS: dict[str, dict[str, bool]] = {
+    "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}, "llama": {}, "mistral": {}, "seed_oss": {"qkv_bias": True},
+}  # fmt: skip
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

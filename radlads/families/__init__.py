@@ -3,11 +3,11 @@
 from typing import Any
 
 from radlads.errors import fail
-from radlads.families import llama, qwen2, qwen3
+from radlads.families import llama, mistral, qwen2, qwen3, seed_oss
 from radlads.families.keys import unsupported, write_common
 from radlads.spec import ModelSpec
 
-FAMILIES = {module.FAMILY: module for module in (qwen2, qwen3, llama)}
+FAMILIES = {module.FAMILY: module for module in (qwen2, qwen3, llama, mistral, seed_oss)}
 
 # `model_type` of a converted model; the spec itself stands under the key "radlads".
 STUDENT_TYPE = "radlads"

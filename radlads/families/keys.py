@@ -75,8 +75,10 @@ def unsupported(key: str, why: str) -> RadladsError:
     return fail("R205", where=f"config.json: {key}", why=why, fix="Choose another teacher")
 
 
-def read_common(config: dict[str, Any], family: str, *, theta: float = 10000.0, head_dim: int | None = None) -> dict[str, Any]:
-    """Fields of ModelSpec that have the same keys in every family."""
+def read_common(
+    config: dict[str, Any], family: str, *, theta: float = 10000.0, head_dim: int | None = None, kv_heads: int | None = None
+) -> dict[str, Any]:
+    """Fields of ModelSpec that have the same keys in every family; the numbers are what the family's own class defaults to."""
     if config.get("hidden_act", "silu") != "silu":
         raise unsupported("hidden_act", f"{config['hidden_act']!r} is not supported, only 'silu' is")
     if config.get("use_sliding_window"):
@@ -91,7 +93,7 @@ def read_common(config: dict[str, Any], family: str, *, theta: float = 10000.0, 
         "intermediate_size": positive_int(config, "intermediate_size"),
         "num_layers": positive_int(config, "num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": positive_int(config, "num_key_value_heads", heads),
+        "num_kv_heads": positive_int(config, "num_key_value_heads", kv_heads or heads),
         "head_dim": positive_int(config, "head_dim", head_dim or max(1, hidden // heads)),
         "vocab_size": positive_int(config, "vocab_size"),
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),

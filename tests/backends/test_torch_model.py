@@ -150,6 +150,8 @@ def difference(found: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) ->
         ("llama", {"rope_scaling": LLAMA3}),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "num_kv_heads": 4}),
         ("llama", {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "tie_embeddings": True}),
+        ("mistral", {"head_dim": 24}),
+        ("seed_oss", {"num_heads": 10, "mlp_bias": True, "output_bias": True}),
     ],
 )
 @torch.no_grad()

@@ -1,0 +1,135 @@
+"""Detection of published models: flags, ranks and kept layers from names and shapes, and what it says about it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from radlads.errors import RadladsError
+from radlads.families.published import detect
+from tests.published import QRWKV6_7B, QRWKV7_7B, SYSTEMS, System
+
+BY_NAME = {system.name: system for system in SYSTEMS}
+HXA, SEED = BY_NAME["HRWKV7-hxa079-Qwen3-8B"], BY_NAME["RWKV-Seed-OSS-36B-hxa07A"]
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_full_size_is_the_published_one(system: System) -> None:
+    spec = detect(system.shapes(), system.config()).spec
+    assert {name: row.shape for name, row in spec.tensors().items()} == system.shapes()
+    keys, parameters, mib = system.facts
+    assert (len(spec.tensors()), spec.parameters()) == (keys, parameters)
+    assert round(spec.state_bytes() / 2**20, 1) == mib
+    assert spec.recurrent == system.kind and spec.kept_layers == system.kept
+    assert (spec.rope_theta, spec.rms_norm_eps) == (system.theta, system.eps)
+    assert spec.family == system.family
+
+
+def test_a_teachers_config_serves_too() -> None:
+    config = {key: value for key, value in QRWKV7_7B.config().items() if not key.startswith("lora_rank")}
+    spec = detect(QRWKV7_7B.shapes(), {**config, "model_type": "qwen2"}).spec
+    assert spec == detect(QRWKV7_7B.shapes(), QRWKV7_7B.config()).spec
+
+
+def notices(system: System, variant: str | None = None, without: tuple[str, ...] = (), **changes: Any) -> str:
+    config = {key: value for key, value in {**system.config(), **changes}.items() if key not in without}
+    return "\n".join(detect(system.shapes(), config, variant=variant).notices)
+
+
+def test_notices_say_what_was_inferred_and_how_to_override_it() -> None:
+    assert "clamp" in notices(QRWKV6_7B) and "radlads_options" in notices(QRWKV6_7B)
+    assert "RAD-RWKV7 variant B: ln_x is stored" in notices(QRWKV7_7B) and "--variant" in notices(QRWKV7_7B)
+    assert "variant C: no ln_x" in notices(replace(QRWKV7_7B, ln_x=False))
+    assert "use_rope" in notices(QRWKV7_7B) and "use_rope" not in notices(QRWKV7_7B, use_rope=True)
+    assert "rank decay is 96 by its tensor, although the config says lora_rank_decay 64" in notices(QRWKV6_7B, lora_rank_decay=64)
+    assert "nope_in_transformer" in notices(HXA, without=("nope_in_transformer",))
+    assert "nope_in_transformer" not in notices(HXA)
+    assert "32, 33, 34, 35 are softmax" in notices(HXA, without=("transformer_layers",))
+    assert "rotary base 10000" in notices(QRWKV7_7B, without=("rope_theta",))
+
+
+def test_flags_of_the_config_and_overrides_win() -> None:
+    def mixer(system: System, variant: str | None = None, **changes: Any) -> Any:
+        return detect(system.shapes(), {**system.config(), **changes}, variant=variant).spec.mixer
+
+    assert mixer(QRWKV7_7B, use_rope=False).rope is False and mixer(QRWKV7_7B).rope is True
+    assert mixer(QRWKV6_7B, use_rope=True).rope is True and mixer(QRWKV6_7B).rope is False
+    assert mixer(QRWKV7_7B, "A").variant == "A" and mixer(QRWKV7_7B, balance_state=True).variant == "C"
+    assert mixer(QRWKV6_7B).clamp == -5.0 and mixer(QRWKV6_7B, radlads_options={"clamp": None}).clamp is None
+    assert mixer(QRWKV6_7B, balance_state=False).balance is False
+    assert mixer(HXA).kept_rope is False and mixer(HXA, nope_in_transformer=False).kept_rope is True
+
+
+def test_ablations_show_in_the_tensors() -> None:
+    shapes = QRWKV6_7B.shapes()
+    without_shift = {name: shape for name, shape in shapes.items() if "time_maa" not in name}
+    assert detect(without_shift, QRWKV6_7B.config()).spec.mixer.token_shift is False
+    no_gate = {name: shape for name, shape in shapes.items() if ".gate." not in name}
+    assert detect(no_gate, QRWKV6_7B.config()).spec.mixer.gate == "none"
+    tied = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    assert detect(tied, QRWKV6_7B.config()).spec.tie_embeddings is True
+
+
+def test_records_of_the_training_code_are_left_out() -> None:
+    shapes = {
+        **HXA.shapes(),
+        "model.layers.0.self_attn.layer_architecture": (),
+        "model.layers.0.self_attn.head_size_record": (1,),
+    }
+    found = detect(shapes, HXA.config())
+    assert found.ignored == tuple(name for name in shapes if name not in HXA.shapes())
+    assert found.spec == detect(HXA.shapes(), HXA.config()).spec
+
+
+def value_pair(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """hxa07B and 07C: 07A and a low-rank addition to v."""
+    D, _, L, H, _, N, _ = SEED.sizes
+    shapes: dict[str, Any] = dict(SEED.shapes())
+    for i in range(L):
+        if i not in SEED.kept:
+            shapes |= {f"model.layers.{i}.self_attn.v1": (D, 48), f"model.layers.{i}.self_attn.v2": (48, H * N)}
+    return shapes, {**SEED.config(), "rwkv_architecture": kind}
+
+
+def test_07b_and_07c_are_told_by_the_config_or_asked() -> None:
+    for kind in ("hxa07b", "hxa07c"):
+        shapes, config = value_pair(kind)
+        spec = detect(shapes, config).spec
+        assert spec.recurrent == kind and {n: r.shape for n, r in spec.tensors().items()} == shapes
+        del config["rwkv_architecture"]
+        with pytest.raises(RadladsError, match=r"R204.*--variant B or --variant C"):
+            detect(shapes, config)
+        assert detect(shapes, config, variant=kind[-1].upper()).spec.recurrent == kind
+
+
+REFUSED: dict[str, tuple[System, dict[str, Any], str]] = {
+    "experts": (HXA, {"num_experts": 128}, "R205.*mixture of experts"),
+    "other layers": (HXA, {"transformer_layers": [1, 2]}, r"R203.*\[1, 2\].*\[32, 33, 34, 35\]"),
+    "other mixer": (HXA, {"rwkv_architecture": "hxa07a"}, "R204.*hxa07a.*hxa079"),
+    "other type": (QRWKV7_7B, {"model_type": "rwkv6qwen2"}, "R204.*rwkv6.*rwkv7"),
+    "unknown type": (QRWKV7_7B, {"model_type": "mamba"}, "R205.*'mamba'"),
+    "sizes": (HXA, {"hidden_size": 4095, "num_attention_heads": 24}, "R204.*hidden_size is 4095.*num_heads is 24"),
+    "no sizes": (HXA, {"hidden_size": None}, "R204.*hidden_size.*missing"),
+    "override": (QRWKV6_7B, {"radlads_options": {"clap": 1}}, "R204.*radlads_options"),
+    "override type": (QRWKV6_7B, {"radlads_options": {"rope": 1}}, "R204.*rope cannot be 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("system", "changes", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(system: System, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RadladsError, match=reason):
+        detect(system.shapes(), {**system.config(), **changes})
+
+
+def test_tensors_alone_do_not_suffice() -> None:
+    with pytest.raises(RadladsError, match=r"R204.*head size, norm epsilon.*--config"):
+        detect(QRWKV7_7B.shapes(), None)
+    with pytest.raises(RadladsError, match=r"R101.*no variants"):
+        detect(QRWKV6_7B.shapes(), QRWKV6_7B.config(), variant="A")
+    with pytest.raises(RadladsError, match=r"R203.*no tensors named"):
+        detect({"x": (1,)}, QRWKV6_7B.config())
+    partial = {name: shape for name, shape in QRWKV7_7B.shapes().items() if not name.startswith("model.layers.3.")}
+    with pytest.raises(RadladsError, match=r"R203.*layer 3"):
+        detect(partial, QRWKV7_7B.config())
+    with pytest.raises(RadladsError, match=r"R203.*q_proj"):
+        detect({**QRWKV7_7B.shapes(), "model.layers.0.self_attn.q_proj.weight": ()}, QRWKV7_7B.config())
