@@ -113,20 +113,27 @@ def open_folder(
     if not path.is_dir():
         why = "it is no folder" if path.exists() else "there is no such folder"
         raise fail("R201", where=path, why=why, fix="Give the folder that holds config.json and the weights")
-    config = read_json(config_path(path, config_from))
+    source = config_path(path, config_from)
+    config = read_json(source)
     stored = open_weights(path) if weights or is_published(config) else {}
     try:
         found = spec_of(config, {name: entry.shape for name, entry in stored.items()}, variant=variant)
         spec = found.spec
         rows = spec.tensors()
     except RadladsError as error:
-        place = error.where if error.where.startswith("--") else path / error.where
-        raise fail(error.code, where=place, why=error.why, fix=error.fix) from None
+        raise fail(error.code, where=placed(error.where, path, source), why=error.why, fix=error.fix) from None
     except (TypeError, ValueError) as error:
         raise fail("R204", where=path / CONFIG, why=str(error), fix="Get the file again from its source") from None
     manifest = read_manifest(path, spec)
     kept = {name: entry for name, entry in stored.items() if name not in found.ignored}
     return ModelFolder(path, config, spec, fitting(path, spec, rows, kept) if weights else {}, manifest, found.notices)
+
+
+def placed(where: str, path: Path, config: Path) -> str:
+    """The place of an error about a config, a flag or the weights of a folder, with its path."""
+    if where.startswith("config.json"):
+        return f"{config}{where.removeprefix('config.json')}"
+    return where if where.startswith("--") else str(path / where)
 
 
 def config_path(path: Path, config_from: Path | str | None) -> Path:

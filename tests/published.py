@@ -38,7 +38,8 @@ class System:
         """The same kind, flags and ratio of heads, with few and narrow layers; kept layers in the same rhythm."""
         _, _, _, H, Hkv, N, _ = self.sizes
         heads, N = H // Hkv * 2, 24 if N == 96 else 16
-        width = 48 if heads * N == 48 else 40  # the heads' width differs from D, as in Seed-OSS
+        # Published Qwen2 configs have no head_dim: N is D / H there. Elsewhere D is another number than H N, as in Seed-OSS.
+        width = heads * N if self.family == "qwen2" else 40
         kept = (1, 3) if self.kept else ()
         ranks = {name: 4 + 2 * place for place, name in enumerate(self.ranks)}
         return replace(self, sizes=(width, 56, 5 if kept else 3, heads, 2, N, 512), ranks=ranks, kept=kept, theta=54321.0)
@@ -155,6 +156,13 @@ REKA = System(
     {**HXA_RANKS, "decay": 320, "gate": 384}, (8, 15, 22, 29, 36, 43), bias=False, theta=8e6, eps=1e-5,
     facts=(969, 21_345_168_384, 85.5),
 )  # fmt: skip
+# Not one of the ten: the layout of Qwen3 students, whose class the authors published. Its facts are counted by hand: per layer
+# q, k, v, o 41943040, low-rank pairs 2 (128 + 128 + 96 + 480) 4096, 5 vectors of 4096, r_k 4096, q/k norms 256, norms and MLP.
+RWKV7_QWEN3 = System(
+    "RWKV7Qwen3-8B", "rwkv7", "qwen3", (4096, 12288, 36, 32, 8, 128, 151936),
+    {"decay": 128, "iclr": 128, "value_residual_mix": 96, "gate": 480}, bias=False, qk_norm=True,
+    facts=(903, 2 * 151936 * 4096 + 4096 + 36 * (41943040 + 2 * 832 * 4096 + 6 * 4096 + 256 + 2 * 4096 + 3 * 4096 * 12288), 72.0),
+)  # fmt: skip
 SYSTEMS = [
     QRWKV6_7B,
     replace(QRWKV6_7B, name="QRWKV6-7B-Base", ranks={"tokenshift": 32, "decay": 64}, facts=(675, 8_020_938_240, 49.4)),
@@ -168,6 +176,7 @@ SYSTEMS = [
     ),
     QRWKV7_7B,
     replace(QRWKV7_7B, name="QRWKV7-7B-Instruct (balanced)", ln_x=False, facts=(731, 7_751_091_712, 49.0)),
+    RWKV7_QWEN3,
     REKA,
     replace(REKA, name="HRWKV7-Reka-Flash3.1-Preview"),
     System(

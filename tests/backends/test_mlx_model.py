@@ -44,11 +44,11 @@ SPECS = {
     "rwkv7 B": QWEN3.as_student("rwkv7", variant="B", gate="none"),
     "rwkv7 C": QWEN3.as_student("rwkv7"),
     "rwkv7 hybrid": QWEN3.as_student("rwkv7", (0, 2), gate="full", rope=False),
-    "hxa079": QWEN3.as_student("hxa079"),
+    "hxa079": replace(QWEN3, head_dim=96).as_student("hxa079"),
     "hxa079 hybrid": QWEN3.as_student("hxa079", (1,)),
     "hxa07a": QWEN3.as_student("hxa07a", (2,), kept_rope=True),
     "hxa07b": QWEN3.as_student("hxa07b", rope=False),
-    "hxa07c": QWEN3.as_student("hxa07c"),
+    "hxa07c": replace(QWEN3, head_dim=128).as_student("hxa07c"),
 }
 HYBRIDS = ["qwen3", "rwkv6", "rwkv6 hybrid", "rwkv7 C", "rwkv7 hybrid", "hxa079 hybrid"]
 

@@ -36,11 +36,11 @@ SPECS = {
     "rwkv6-lowrank-rope": QWEN3.as_student("rwkv6", gate="lowrank", rope=True),
     "rwkv6-groupnorm-hybrid": QWEN3.as_student("rwkv6", (1,), token_shift=False, groupnorm=True, clamp=None),
     "rwkv6-no-gate": LLAMA.as_student("rwkv6", gate="none"),
-    "hxa079": replace(QWEN3, num_layers=3, head_dim=48, mixers=()).as_student("hxa079", (1,)),
+    "hxa079": replace(QWEN3, num_layers=3, head_dim=96, mixers=()).as_student("hxa079", (1,)),
     "hxa079-first-kept": LLAMA.as_student("hxa079", (0,), kept_rope=True),
     "hxa07a": QWEN2.as_student("hxa07a", (1,)),
     "hxa07b": QWEN3.as_student("hxa07b", rope=False),
-    "hxa07c": QWEN3.as_student("hxa07c"),
+    "hxa07c": replace(QWEN3, head_dim=128).as_student("hxa07c"),
 }
 
 
