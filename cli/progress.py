@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from radlads.cli.render import styled
+from radlads.cli.render import duration, styled
 
 if TYPE_CHECKING:
     from radlads.backends.torch.trainer import Progress
@@ -64,13 +64,3 @@ class TrainingScreen:
             left = duration(progress.seconds_left)
             self.say(f"{TITLES[stage.kind]}: step {progress.step}/{stage.steps}, loss {loss}, {speed} tok/s, {left} left")
         self.kind = stage.kind
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 45 s, 3 min 20 s, 5 h 07 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1  # version of every JSON document printed
+LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 @dataclass
@@ -68,10 +70,10 @@ def forget_output() -> int:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A function that draws a bar on stderr from (done, total); None where stderr is no terminal."""
+def progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A function that draws a bar on stderr from (done, total or None); without a terminal a line now and then."""
     if not styled(sys.stderr):
-        yield None
+        yield progress_lines(label)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -80,6 +82,34 @@ def progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def progress_lines(label: str) -> Callable[[int, int | None], None]:
+    """The same in lines: how much is done, and the time left, every ten seconds."""
+    began = last = time.monotonic()
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_SECONDS or not done:
+            return
+        last = now
+        if total:
+            note(f"{label}: {done / total:.0%}, {duration((now - began) * (total - done) / done)} left")
+        else:
+            note(f"{label}: {done:,}, {duration(now - began)} so far")
+
+    return report
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 3 min 20 s, 5 h 07 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def size(count: float) -> str:

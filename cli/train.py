@@ -117,16 +117,15 @@ def chosen_recipe(options: TrainOptions) -> "Recipe":
 
 def open_inputs(recipe: "Recipe", student: str | None) -> "Inputs":
     """Everything the recipe names, checked before anything is written."""
-    from radlads.data.documents import kind_of
+    from radlads.data.corpus import check_sources
     from radlads.demo import resolve
     from radlads.folder import open_folder
     from radlads.tokenizer import Tokenizer
 
-    for name in (*recipe.data.train, *recipe.data.valid):
-        kind_of(resolve(name))  # R301 for a file that is not there
     if recipe.init is not None:
         path = resolve(recipe.tokenizer or "")
         tokenizer = Tokenizer(path if path.is_dir() else path.parent, vocab_size=recipe.init_spec().vocab_size)
+        check_sources(recipe.data, tokenizer)
         return Inputs(None, tokenizer, None)
     from radlads.backends.torch.convert_run import check_order
 
@@ -134,7 +133,9 @@ def open_inputs(recipe: "Recipe", student: str | None) -> "Inputs":
     begun = None if student is None else open_folder(student)
     if begun is not None:
         check_order(begun, recipe.stages[0])
-    return Inputs(teacher, Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size), begun)
+    tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)
+    check_sources(recipe.data, tokenizer)
+    return Inputs(teacher, tokenizer, begun)
 
 
 def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int]) -> bool:

@@ -45,6 +45,10 @@ class RadladsError(Exception):
     def __str__(self) -> str:
         return f"{self.code} {CODES[self.code]}: {self.where}: {self.why}. {self.fix}"
 
+    def __reduce__(self) -> tuple[type["RadladsError"], tuple[str, str, str, str]]:
+        """An error of another process arrives whole."""
+        return RadladsError, (self.code, self.where, self.why, self.fix)
+
     @property
     def exit_status(self) -> int:
         """Exit status of the command line: 2 for bad input, 1 for a failure, 3 for a gate that was not met."""

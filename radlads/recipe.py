@@ -105,13 +105,52 @@ class Student(Part):
         return self
 
 
-class Data(Part):
-    """Text files (.txt, .jsonl, also .xz or .gz) for training and for measuring; `eos` ends each document."""
+class DataSource(Part):
+    """One source of text or conversations; a bare path stands for one.
 
-    train: Annotated[tuple[str, ...], Field(min_length=1)]
-    valid: Annotated[tuple[str, ...], Field(min_length=1)]
-    text_field: str = "text"
+    `path` is a file (.txt, .jsonl, .parquet, .idx; text also with .xz, .gz or .zst), a pattern, a folder of such files, a
+    token store of `radlads prepare`, a saved dataset, or "hf:owner/name" with `subset`, `split`, `revision`, `streaming`.
+    `weight` is its share of the samples; without weights files run together, and stores count by their size.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    weight: Annotated[Number, Field(gt=0, lt=1e9)] | None = None
+    text_field: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+
+
+def as_sources(values: Any) -> Any:
+    """Bare paths as tables."""
+    if not isinstance(values, list | tuple):
+        return values
+    return [{"path": value} if isinstance(value, str) else value for value in values]
+
+
+def all_or_no_weights(sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    """Refuse a list in which only some sources have a weight."""
+    if len({source.weight is None for source in sources}) > 1:
+        raise ValueError("some sources have a weight and some have none; give every one a weight, or none")
+    return sources
+
+
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(as_sources), AfterValidator(all_or_no_weights), Field(min_length=1)]
+
+
+class Data(Part):
+    """Sources for training and for measuring; docs/data.md says what each can be.
+
+    `text_field` names the field of a row that holds its text or its messages (without it: text, messages or conversations),
+    `eos` ends each document, `order` is the order of training samples: seeded, or that of the published training.
+    """
+
+    train: Sources
+    valid: Sources
+    text_field: str | None = None
     eos: bool = True
+    order: Literal["shuffled", "magic_prime"] = "shuffled"
 
 
 class Eval(Part):
@@ -128,12 +167,15 @@ class Stage(Part):
 
     `lr` and `lr_final` hold for all weights, `mixer_lr` and `mixer_lr_final` for those of the mixers; a final rate that is
     not given equals the first one. `batch_size` counts sequences per optimiser step, `micro_batch` sequences per forward
-    pass (0: all of them). `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage.
+    pass (0: all of them). `packing` says what a sample is: a window of the stream, in which documents run together
+    ("stream"), the same with the state begun anew at every document ("reset"), or one document, padded ("document").
+    `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage.
     """
 
     kind: Literal["align", "distill", "lm"]
     tokens: Count
     seq_len: Count
+    packing: Literal["stream", "reset", "document"] = "stream"
     batch_size: Count
     micro_batch: Annotated[Whole, Field(ge=0, validate_default=True)] = 0
     lr: Rate
@@ -360,6 +402,8 @@ def keys_at(path: tuple[str | int, ...]) -> list[str]:
         ("student",): list(Student.model_fields),
         ("student", "options"): [f.name for f in fields(MixerOptions)],
         ("data",): list(Data.model_fields),
+        ("data", "train", "#"): list(DataSource.model_fields),
+        ("data", "valid", "#"): list(DataSource.model_fields),
         ("eval",): list(Eval.model_fields),
         ("init",): [f.name for f in fields(ModelSpec) if f.name not in NOT_IN_INIT],
         ("stages", "#"): list(Stage.model_fields),

@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from jinja2 import Template
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
@@ -75,6 +77,11 @@ class Tokenizer:
         """The id that ends a document in training data: <|endoftext|> where there is one, for a chat model's own ends a turn."""
         end_of_text = self._fast.token_to_id(END_OF_TEXT)
         return min(self.eos_ids, default=None) if end_of_text is None else end_of_text
+
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the template that makes messages a prompt."""
+        return self._template_source
 
     @property
     def has_chat_template(self) -> bool:
@@ -206,17 +213,22 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _render(source: str, variables: dict[str, Any]) -> str:
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> Template:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment.from_string(source)
+
+
+def _render(source: str, variables: dict[str, Any]) -> str:
     pieces: list[str] = []
     length = 0
     before = sys.gettrace()
     sys.settrace(_deadline(time.monotonic() + MAX_RENDER_SECONDS))
     try:
-        for piece in environment.from_string(source).generate(**variables):
+        for piece in _compiled(source).generate(**variables):
             pieces.append(piece)
             length += len(piece)
             if length > MAX_PROMPT_CHARS:

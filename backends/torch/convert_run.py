@@ -16,8 +16,7 @@ from radlads.backends.torch.load import load_model, new_model, stored_tensors
 from radlads.backends.torch.memory import keep_freed_memory
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.trainer import Progress, run_stage
-from radlads.data.order import SampleOrder, batch
-from radlads.data.store import prepare
+from radlads.data.corpus import open_corpus
 from radlads.demo import resolve
 from radlads.errors import fail
 from radlads.folder import ModelFolder, open_folder, save_folder
@@ -46,20 +45,17 @@ class RecipeRun:
         torch.set_float32_matmul_precision("high")
         self.teacher_folder = teacher
         self.teacher = None if teacher is None else load_model(teacher, device=self.device, dtype=self.recipe.precision)
-        eos = tokenizer.eos_id if self.recipe.data.eos else None
-        field = self.recipe.data.text_field
-        self.train, self.valid = (
-            prepare([resolve(name) for name in names], tokenizer, run.data / part, eos_id=eos, text_field=field)
-            for part, names in (("train", self.recipe.data.train), ("valid", self.recipe.data.valid))
-        )
+        data = self.recipe.data
+        self.train = open_corpus(data.train, data, tokenizer, run.data / "train")
+        self.valid = open_corpus(data.valid, data, tokenizer, run.data / "valid")
 
     @property
     def samples(self) -> torch.Tensor:
         """Held-out samples (n, T + 1), the same for every measurement."""
         wanted = self.recipe.eval
-        order = SampleOrder(len(self.valid), wanted.seq_len, self.recipe.seed)
-        count = max(1, min(len(order), wanted.tokens // wanted.seq_len))
-        return torch.from_numpy(batch(self.valid, order, 0, count))
+        samples = self.valid.samples(wanted.seq_len, self.recipe.seed)
+        count = max(1, min(len(samples), wanted.tokens // wanted.seq_len))
+        return torch.from_numpy(samples.batch(0, count))
 
     def measure(self, model: Model, stage: int | str) -> dict[str, Any]:
         """Measure a model once and log it with a text it writes; a measurement of an earlier start is used again."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from radlads.backends.torch.load import load_model
 from radlads.backends.torch.model import Model
+from radlads.backends.torch.objectives import IGNORED, unpack
 from radlads.folder import ModelFolder
 
 # Sequences per forward pass while measuring.
@@ -24,19 +25,26 @@ def evaluate(model: Model, samples: Tensor, teacher: Model | None = None) -> dic
     Keys: tokens, loss (nats per token), ppl, kl, agreement (0..1), kl_by_position (mean over equal stretches of the context).
     """
     loss, kl, agree = 0.0, torch.zeros(samples.shape[1] - 1, dtype=torch.float64), 0
+    counts = torch.zeros_like(kl)  # labels that count, by position
     device = next(model.parameters()).device
     for rows in samples.split(ROWS):
-        tokens, labels = rows[:, :-1].to(device), rows[:, 1:].to(device)
+        tokens, labels, *_ = unpack(rows.to(device))
+        counted = labels != IGNORED
+        counts += counted.sum(0).cpu()
         log_p = model(tokens)[0].float().log_softmax(-1)
         loss += float(F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="sum"))
         if teacher is not None:
             target = teacher(tokens)[0].float().log_softmax(-1)
-            kl += (target.exp() * (target - log_p)).sum(-1).sum(0).double().cpu()
-            agree += int((target.argmax(-1) == log_p.argmax(-1)).sum())
-    count = samples.shape[0] * (samples.shape[1] - 1)
+            kl += ((target.exp() * (target - log_p)).sum(-1) * counted).sum(0).double().cpu()
+            agree += int(((target.argmax(-1) == log_p.argmax(-1)) & counted).sum())
+    count = max(1, int(counts.sum()))
     result: dict[str, object] = {"tokens": count, "loss": loss / count, "ppl": math.exp(min(loss / count, 80))}
     if teacher is not None:
-        by_position = [float(part.mean()) / len(samples) for part in kl.tensor_split(min(POSITIONS, len(kl)))]
+        parts = min(POSITIONS, len(kl))
+        by_position = [
+            float(part.sum() / number.sum().clamp(min=1))
+            for part, number in zip(kl.tensor_split(parts), counts.tensor_split(parts), strict=True)
+        ]
         result |= {"kl": float(kl.sum()) / count, "agreement": agree / count, "kl_by_position": by_position}
     return result
 
@@ -47,14 +55,15 @@ def limited_context_loss(model: Model, samples: Tensor, window: int) -> tuple[fl
     full = limited = 0.0
     count = 0
     for rows in samples.split(ROWS):
-        labels = rows[:, window:]
-        log_p = model(rows[:, :-1])[0].float().log_softmax(-1)[:, window - 1 :]
+        tokens, every_label, *_ = unpack(rows)
+        labels = every_label[:, window - 1 :]
+        log_p = model(tokens)[0].float().log_softmax(-1)[:, window - 1 :]
         full += float(F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="sum"))
-        windows = rows[:, :-1].unfold(1, window, 1).flatten(0, 1)
+        windows = tokens.unfold(1, window, 1).flatten(0, 1)
         logits = F.linear(model.model(windows)[0][:, -1], model.head).float()
         limited += float(F.cross_entropy(logits, labels.flatten(), reduction="sum"))
-        count += labels.numel()
-    return full / count, limited / count
+        count += int((labels != IGNORED).sum())
+    return full / max(1, count), limited / max(1, count)
 
 
 def step0_kl(teacher: ModelFolder, student: ModelFolder, token_ids: Sequence[int]) -> dict[str, float]:

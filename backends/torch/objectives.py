@@ -1,7 +1,7 @@
 """What each training stage minimises: the paper's steps 1 (align), 2 (distill) and 3 (lm)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,12 @@ from torch import Tensor
 from radlads.backends.torch.losses import distillation_loss, language_model_loss
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import empty_state
+from radlads.data.samples import FIRST, PAD, SILENT, TOKEN
 from radlads.mixers import MIXERS
 from radlads.recipe import Stage
+
+# Label of a token that does not count, as in torch.nn.functional.cross_entropy.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -21,28 +25,71 @@ class Objective:
     layer_error: Tensor | None = None
 
 
-def objective(stage: Stage, student: Model, teacher: Model | None, sample: Tensor) -> Objective:
-    """Loss of `stage` on `sample` (B, T + 1) of token ids; steps 1 and 2 need the teacher."""
-    tokens, labels = sample[:, :-1], sample[:, 1:]
-    if stage.kind == "lm":
-        hidden, _ = student.model(tokens)
-        return Objective(language_model_loss(hidden, student.head, labels))
-    assert teacher is not None
+class Sample(NamedTuple):
+    """What `data.samples` packs into one array: tokens and labels (B, T), labels IGNORED where they do not count.
+
+    `real` (B, T) is False for padding, None without any. With `cu_seqlens` (n + 1) the rows are one (B = 1), and the state
+    begins anew at each of its places.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    real: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+def unpack(sample: Tensor, packing: str = "stream") -> Sample:
+    """The parts of samples (B, T + 1), made with this packing."""
+    inputs, targets = sample[:, :-1], sample[:, 1:]
+    tokens = inputs & TOKEN
+    labels = (targets & TOKEN).masked_fill((targets & SILENT) != 0, IGNORED)
+    if packing == "document":
+        return Sample(tokens, labels, (inputs & PAD) == 0, None)
+    if packing == "reset":
+        begins = (inputs & FIRST) != 0
+        begins[:, 0] = True
+        places = torch.nonzero(begins.flatten()).flatten()
+        cu_seqlens = torch.cat([places, places.new_tensor([tokens.numel()])]).int()
+        return Sample(tokens.reshape(1, -1), labels.reshape(1, -1), None, cu_seqlens)
+    return Sample(tokens, labels, None, None)
+
+
+def weight(stage: Stage, sample: Tensor) -> int:
+    """How much samples (B, T + 1) weigh in the mean of a step: the tokens over which their own loss is a mean."""
     if stage.kind == "align":
-        errors = alignment_errors(student, teacher, tokens)
+        return sample[:, :-1].numel() if stage.packing != "document" else int(((sample[:, :-1] & PAD) == 0).sum())
+    return int(((sample[:, 1:] & SILENT) == 0).sum())
+
+
+def objective(stage: Stage, student: Model, teacher: Model | None, sample: Tensor) -> Objective:
+    """Loss of `stage` on samples (B, T + 1), a mean over the tokens that count; steps 1 and 2 need the teacher."""
+    tokens, labels, real, cu_seqlens = unpack(sample, stage.packing)
+    if stage.kind == "align":
+        assert teacher is not None
+        errors = alignment_errors(student, teacher, tokens, real=real, cu_seqlens=cu_seqlens)
         return Objective(errors.mean(), errors.detach())
+    hidden, _ = student.model(tokens, cu_seqlens=cu_seqlens)
+    counted = labels != IGNORED
+    if not counted.any():
+        return Objective(0.0 * hidden.sum())
+    if stage.kind == "lm":
+        return Objective(language_model_loss(hidden[counted][None], student.head, labels[counted][None]))
+    assert teacher is not None
     with torch.no_grad():
-        teacher_hidden, _ = teacher.model(tokens)
-    hidden, _ = student.model(tokens)
+        teacher_hidden, _ = teacher.model(tokens, cu_seqlens=cu_seqlens)
     weights = {"temperature": stage.temperature, "kl_weight": stage.kl_weight, "ce_weight": stage.ce_weight}
-    return Objective(distillation_loss(hidden, student.head, teacher_hidden, teacher.head, labels, **weights))
+    own, wanted, labels = hidden[counted][None], teacher_hidden[counted][None], labels[counted][None]
+    return Objective(distillation_loss(own, student.head, wanted, teacher.head, labels, **weights))
 
 
-def alignment_errors(student: Model, teacher: Model, tokens: Tensor) -> Tensor:
+def alignment_errors(
+    student: Model, teacher: Model, tokens: Tensor, *, real: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Step 1: per converted layer the mean over tokens of ||teacher mixer - student mixer||_2 / sqrt(D), float32 (L',).
 
     The residual stream is the teacher's throughout, so every student mixer sees exact teacher inputs. Only `v_first` of
-    RAD-RWKV7 passes from student layer to student layer, and gradients pass with it (protocol section 1.3).
+    RAD-RWKV7 passes from student layer to student layer, and gradients pass with it (protocol section 1.3). Tokens that
+    are not `real` (B, T) do not count.
     """
     spec = student.spec
     errors = []
@@ -50,8 +97,8 @@ def alignment_errors(student: Model, teacher: Model, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         x = teacher.model.embed_tokens(tokens)
         state = empty_state(spec, len(tokens), tokens.device)
-        teacher_context, _ = teacher.model.context(tokens, state, None, None, x.dtype)
-    context, _ = student.model.context(tokens, state, None, None, x.dtype)
+        teacher_context, _ = teacher.model.context(tokens, state, None, cu_seqlens, x.dtype)
+    context, _ = student.model.context(tokens, state, None, cu_seqlens, x.dtype)
     layer: Any
     for index, layer in enumerate(teacher.model.layers):
         with torch.no_grad():
@@ -59,7 +106,8 @@ def alignment_errors(student: Model, teacher: Model, tokens: Tensor) -> Tensor:
             wanted, _ = layer.self_attn(normed, teacher_context, {})
         if MIXERS[spec.mixers[index]].recurrent:
             mixed, _ = converted[index].self_attn(normed, context, {})
-            errors.append(torch.linalg.vector_norm(wanted - mixed, dim=-1).float().mean() * spec.D**-0.5)
+            distance = torch.linalg.vector_norm(wanted - mixed, dim=-1).float()
+            errors.append((distance if real is None else distance[real]).mean() * spec.D**-0.5)
         with torch.no_grad():
             x = x + wanted
             x = x + layer.mlp(layer.post_attention_layernorm(x))

@@ -9,10 +9,9 @@ import torch
 
 from radlads.backends.torch.checkpoint import last_checkpoint, save_checkpoint
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.objectives import objective
+from radlads.backends.torch.objectives import objective, weight
 from radlads.backends.torch.optim import Optimizer, trainable
-from radlads.data.order import SampleOrder, batch
-from radlads.data.store import TokenStore
+from radlads.data.samples import Corpus
 from radlads.errors import fail
 from radlads.recipe import Stage
 from radlads.runs import Run
@@ -36,7 +35,7 @@ def run_stage(
     stage: Stage,
     student: Model,
     teacher: Model | None,
-    store: TokenStore,
+    corpus: Corpus,
     run: Run,
     report: Callable[[Progress], None],
     stopping: Callable[[], bool] = lambda: False,
@@ -49,14 +48,14 @@ def run_stage(
     parameters = trainable(student, stage.train)
     optimizer = Optimizer(parameters, stage)
     first = resume(stage, student, optimizer, run)
-    order = SampleOrder(len(store), stage.seq_len, run.recipe.seed + stage.number)
+    drawn = corpus.samples(stage.seq_len, run.recipe.seed + stage.number, stage.packing)
     student.train()
     began, skipped = time.perf_counter(), 0
     for step in range(first, stage.steps):
         if stopping():
             save(stage, step, optimizer, run)
             return False
-        samples = torch.from_numpy(batch(store, order, step * stage.batch_size, stage.batch_size)).to(device)
+        samples = torch.from_numpy(drawn.batch(step * stage.batch_size, stage.batch_size)).to(device)
         loss, layer_error = accumulate(stage, student, teacher, samples)
         rate, norm = optimizer.step(step)
         finite = norm == norm and abs(norm) != float("inf")
@@ -84,12 +83,13 @@ def run_stage(
 def accumulate(stage: Stage, student: Model, teacher: Model | None, samples: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """Forward and backward over `samples` in micro-batches; the mean loss and, in step 1, the error of each layer."""
     losses, errors = [], []
+    total = max(1, weight(stage, samples))
     for part in samples.split(stage.micro_batch):
-        found = objective(stage, student, teacher, part)
-        (found.loss * (len(part) / len(samples))).backward()
-        losses.append(found.loss.detach() * (len(part) / len(samples)))
+        found, share = objective(stage, student, teacher, part), weight(stage, part) / total
+        (found.loss * share).backward()
+        losses.append(found.loss.detach() * share)
         if found.layer_error is not None:
-            errors.append(found.layer_error * (len(part) / len(samples)))
+            errors.append(found.layer_error * share)
     return float(torch.stack(losses).sum()), torch.stack(errors).sum(0) if errors else None
 
 

@@ -11,7 +11,8 @@ from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import alignment_errors
 from radlads.backends.torch.optim import Optimizer, trainable
 from radlads.backends.torch.trainer import run_stage
-from radlads.data.store import TokenStore, prepare
+from radlads.data.prepare import prepare
+from radlads.data.samples import Corpus
 from radlads.recipe import Recipe
 from radlads.runs import begin_run
 from radlads.schedule import learning_rate
@@ -36,10 +37,10 @@ def recipe(**stage: object) -> Recipe:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> TokenStore:
+def corpus(tmp_path: Path) -> Corpus:
     path = tmp_path / "a.txt"
     path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
-    return prepare([path], Letters(), tmp_path / "store", eos_id=None)
+    return Corpus.of(prepare([path], Letters(), tmp_path / "store", eos_id=None))
 
 
 def pair(mixer: str = "rwkv7") -> tuple[Model, Model]:
@@ -159,7 +160,7 @@ def test_bfloat16_weights_have_float32_masters() -> None:
 
 
 @pytest.mark.parametrize("kind", ["align", "distill", "lm"])
-def test_resumed_losses_are_identical(tmp_path: Path, store: TokenStore, kind: str) -> None:
+def test_resumed_losses_are_identical(tmp_path: Path, corpus: Corpus, kind: str) -> None:
     wanted = recipe(kind=kind, save_every=3)
     stage = wanted.stages[0]
 
@@ -168,7 +169,7 @@ def test_resumed_losses_are_identical(tmp_path: Path, store: TokenStore, kind: s
             student, teacher = pair()
             with begin_run(folder, wanted) as run:
                 seen: list[int] = []
-                done = run_stage(stage, student, teacher, store, run, lambda p: seen.append(p.step), lambda: len(seen) >= stop)  # noqa: B023
+                done = run_stage(stage, student, teacher, corpus, run, lambda p: seen.append(p.step), lambda: len(seen) >= stop)  # noqa: B023
                 records = run.metrics()
         assert done
         assert [r["step"] for r in records] == list(range(1, stage.steps + 1))
@@ -177,13 +178,13 @@ def test_resumed_losses_are_identical(tmp_path: Path, store: TokenStore, kind: s
     assert losses(tmp_path / "whole", []) == losses(tmp_path / "stopped", [2, 1, 4])
 
 
-def test_damaged_checkpoint_is_passed_over(tmp_path: Path, store: TokenStore) -> None:
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, corpus: Corpus) -> None:
     wanted = recipe(kind="lm", save_every=2)
     stage = wanted.stages[0]
     student, _ = pair()
     with begin_run(tmp_path / "run", wanted) as run:
         seen: list[int] = []
-        run_stage(stage, student, None, store, run, lambda p: seen.append(p.step), lambda: len(seen) >= 5)
+        run_stage(stage, student, None, corpus, run, lambda p: seen.append(p.step), lambda: len(seen) >= 5)
         newest = sorted(run.checkpoints.iterdir())[-1] / "state.safetensors"
         data = bytearray(newest.read_bytes())
         data[-5] ^= 1
@@ -191,5 +192,5 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, store: TokenStore) ->
     again, _ = pair()
     with begin_run(tmp_path / "run", wanted) as run:
         steps: list[int] = []
-        run_stage(stage, again, None, store, run, lambda p: steps.append(p.step))
+        run_stage(stage, again, None, corpus, run, lambda p: steps.append(p.step))
     assert steps[0] == 5  # from the checkpoint of step 4

@@ -100,7 +100,7 @@ def test_a_new_teacher_is_expressible(tmp_path: Path) -> None:
 def test_a_base_is_overridden_key_by_key(tmp_path: Path) -> None:
     written(tmp_path, CONVERT, "parent.yaml")
     child = load_recipe(written(tmp_path, "base: parent.yaml\nname: child\ndata: {eos: false}\n"))
-    assert (child.name, child.data.eos, child.data.train) == ("child", False, ("a.txt",))
+    assert (child.name, child.data.eos, child.data.train[0].path) == ("child", False, "a.txt")
     named = load_recipe(written(tmp_path, "base: tiny\nname: mine\n"))
     assert named.stages == load_recipe("tiny").stages
     assert "base of its own" in refused(written(tmp_path, "base: r.yaml\n")).why

@@ -1,4 +1,4 @@
-"""Data from text to samples: documents, the token store, and the properties of the sample order."""
+"""From sources to a token store: documents, errors that name file and line, shards, work that goes on after a kill."""
 
 import gzip
 import json
@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from radlads.data import documents
-from radlads.data.order import SampleOrder, batch
-from radlads.data.store import TokenStore, prepare
+from radlads.data.prepare import prepare
+from radlads.data.store import TokenStore
 from radlads.errors import RadladsError
 
 EOS = 256
@@ -125,7 +123,7 @@ def test_a_document_that_ends_right_after_a_piece_keeps_its_end(tmp_path: Path, 
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl:2", "not JSON"),
         ("a.jsonl", '["text"]\n', "a.jsonl:1", "no field 'text'"),
         ("a.jsonl", '\n{"body": "x"}\n', "a.jsonl:2", "no field 'text'"),
-        ("a.jsonl", '{"text": 3}\n', "a.jsonl:1", "is int, not text"),
+        ("a.jsonl", '{"text": 3}\n', "a.jsonl:1", "is int, not text or messages"),
         ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1", "surrogate"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1", "nested"),
         ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "a.jsonl:1", "not JSON"),
@@ -160,7 +158,7 @@ def test_damaged_packed_files(tmp_path: Path) -> None:
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path, tmp_path / "no.txt").why
     (tmp_path / "dir.txt").mkdir()
-    assert "no regular file" in refused(tmp_path, tmp_path / "dir.txt").why
+    assert "no file to read" in refused(tmp_path, tmp_path / "dir.txt").why
 
 
 def test_no_text_at_all(tmp_path: Path) -> None:
@@ -185,9 +183,9 @@ def test_a_huge_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
 def test_the_same_input_is_not_prepared_twice(tmp_path: Path) -> None:
     source, tokenizer = file(tmp_path, "a.txt", "some text"), Bytes()
     prepare([source], tokenizer, tmp_path / "store", eos_id=EOS)
-    made = (tmp_path / "store" / "tokens.bin").stat().st_ino
+    made = (tmp_path / "store" / "shard-00000.arrow").stat().st_ino
     again = prepare([source], tokenizer, tmp_path / "store", eos_id=EOS)
-    assert (again.path / "tokens.bin").stat().st_ino == made
+    assert (again.path / "shard-00000.arrow").stat().st_ino == made
     file(tmp_path, "a.txt", "other text")
     assert texts(prepare([source], tokenizer, tmp_path / "store", eos_id=EOS)) == ["other text"]
     assert len(prepare([source], tokenizer, tmp_path / "store", eos_id=None)) == len("other text")
@@ -203,7 +201,7 @@ def test_another_tokenizer_or_a_damaged_store_is_prepared_anew(tmp_path: Path) -
     second = prepare([source], Shifted(), tmp_path / "store", eos_id=EOS)
     assert first.header["tokenizer"] != second.header["tokenizer"]
     assert texts(second) == ["`cb"]
-    (tmp_path / "store" / "tokens.bin").write_bytes(b"x")
+    (tmp_path / "store" / "shard-00000.arrow").write_bytes(b"x")
     with pytest.raises(RadladsError, match="R301"):
         TokenStore(tmp_path / "store")
     assert texts(prepared(tmp_path, source)) == ["abc"]
@@ -218,11 +216,10 @@ def test_a_folder_that_is_no_store_is_never_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "dtype": "object", "tokens": 1}', "[" * 100_000]
+    "header", ["", "[]", "{}", '{"schema": 3}', '{"schema": 2, "masked": false, "tokens": true}', "[" * 100_000]
 )
 def test_a_hostile_header_is_refused(tmp_path: Path, header: str) -> None:
     (tmp_path / "store.json").write_text(header)
-    (tmp_path / "tokens.bin").write_bytes(b"12345678")
     with pytest.raises(RadladsError, match="R301"):
         TokenStore(tmp_path)
 
@@ -257,55 +254,3 @@ def test_batches_of_texts_are_used_where_the_tokenizer_has_them(tmp_path: Path) 
 
     store = prepare([file(tmp_path, "a.txt", "a<|endoftext|>b")], Batched(), tmp_path / "store", eos_id=EOS)
     assert texts(store) == ["A", "B"]
-
-
-@given(samples=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 1000))
-def test_every_epoch_visits_every_sample_once(samples: int, seed: int, epoch: int) -> None:
-    order = SampleOrder(samples * 4 + 1, 4, seed)
-    starts = [order.start(epoch * samples + i) for i in range(samples)]
-    assert len(order) == samples
-    assert sorted(starts) == list(range(0, 4 * samples, 4))
-
-
-def test_epochs_and_seeds_differ_and_the_order_is_fixed() -> None:
-    def epoch(seed: int, number: int) -> list[int]:
-        order = SampleOrder(1001, 10, seed)
-        return [order.start(number * 100 + i) for i in range(100)]
-
-    assert epoch(1, 0) == epoch(1, 0)
-    assert epoch(1, 0) != epoch(1, 1)
-    assert epoch(1, 0) != epoch(2, 0)
-    # The order is part of what a recipe means: it must not change from one version to the next.
-    assert epoch(1337, 0)[:6] == [350, 510, 920, 620, 210, 800]
-
-
-def test_the_order_is_well_mixed() -> None:
-    order = SampleOrder(10_001, 1, 5)
-    starts = np.array([order.start(i) for i in range(10_000)])
-    assert abs(np.corrcoef(np.arange(10_000), starts)[0, 1]) < 0.04
-    assert abs(np.corrcoef(starts[:-1], starts[1:])[0, 1]) < 0.04
-
-
-def test_a_huge_stream_needs_no_table() -> None:
-    order = SampleOrder(10**15, 512, 1)
-    starts = {order.start(i) for i in range(1000)}
-    assert len(starts) == 1000 and max(starts) + 513 <= 10**15
-
-
-def test_batches_do_not_depend_on_how_they_are_cut(tmp_path: Path) -> None:
-    store = prepared(tmp_path, file(tmp_path, "a.txt", "".join(chr(33 + i % 90) for i in range(500))))
-    order = SampleOrder(len(store), 16, 3)
-    whole = batch(store, order, 0, 40)
-    assert whole.shape == (40, 17) and whole.dtype == np.int64
-    assert np.array_equal(np.concatenate([batch(store, order, 0, 7), batch(store, order, 7, 33)]), whole)
-    # Two processes that take turns see the same samples as one.
-    ranks = [np.concatenate([batch(store, order, i, 1) for i in range(rank, 40, 2)]) for rank in (0, 1)]
-    assert np.array_equal(np.stack(ranks, 1).reshape(40, 17), whole)
-    start = order.start(5)
-    assert np.array_equal(whole[5], store.tokens[start : start + 17])
-
-
-def test_a_stream_shorter_than_a_sample() -> None:
-    assert len(SampleOrder(17, 16, 0)) == 1
-    with pytest.raises(RadladsError, match="R302"):
-        SampleOrder(16, 16, 0)
