@@ -20,6 +20,7 @@ from radlads.errors import RadladsError
 from radlads.files import sha256
 from radlads.folder import MANIFEST, ModelFolder, open_folder, save_folder
 from radlads.tensors import Entry, Raw, decode, read_raw
+from tests.hostile.set_cases import CONFIGS, edit
 from tests.models import rewrite, tiny_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -30,12 +31,6 @@ DIMS = {"hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "num_kv_heads
 def teacher(tmp_path: Path) -> Path:
     """A very small Qwen3 folder."""
     return tiny_teacher(tmp_path / "teacher", **DIMS)
-
-
-def edit(path: Path, **changes: object) -> None:
-    """Change keys of config.json; None removes one."""
-    config = {**json.loads((path / "config.json").read_text()), **changes}
-    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def raw_tensors(folder: ModelFolder) -> Iterator[tuple[str, str, Raw]]:
@@ -310,44 +305,15 @@ def test_unread_tensors_may_hold_anything(teacher: Path, tmp_path: Path, caplog:
     assert "v0" in caplog.text
 
 
-CONFIGS: dict[str, tuple[dict[str, object], str]] = {
-    "unknown architecture": ({"model_type": "mamba"}, "R205"),
-    "no architecture": ({"model_type": None}, "R205"),
-    "architecture a list": ({"model_type": [1]}, "R20[45]"),
-    "no layers": ({"num_hidden_layers": 0}, "R204"),
-    "negative layers": ({"num_hidden_layers": -1}, "R204"),
-    "2^31 layers": ({"num_hidden_layers": 2**31}, "R204"),
-    "half a layer": ({"num_hidden_layers": 2.5}, "R204"),
-    "true layers": ({"num_hidden_layers": True}, "R204"),
-    "many layers": ({"num_hidden_layers": 4096}, "R203"),
-    "layers missing": ({"num_hidden_layers": None}, "R204"),
-    "heads do not divide": ({"num_key_value_heads": 3, "num_attention_heads": 4}, "R204"),
-    "odd head": ({"head_dim": 3}, "R204"),
-    "vocab too small": ({"vocab_size": 299}, "R203"),
-    "vocab too large": ({"vocab_size": 301}, "R203"),
-    "huge hidden": ({"hidden_size": 2**31 - 1}, "R203"),
-    "tied as text": ({"tie_word_embeddings": "no"}, "R204"),
-    "unknown rope": ({"rope_parameters": {"rope_type": "yarn"}}, "R205"),
-    "rope a list": ({"rope_parameters": [1]}, "R204"),
-    "theta zero": ({"rope_parameters": {"rope_theta": 0}}, "R204"),
-    "eps text": ({"rms_norm_eps": "1e-6"}, "R204"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "R205"),
-    "MLX 4-bit": ({"quantization": {"bits": 4, "group_size": 64}}, "R205"),
-    "gelu": ({"hidden_act": "gelu"}, "R205"),
-    "sliding window": ({"use_sliding_window": True}, "R205"),
-    "biases asked for": ({"attention_bias": True}, "R203"),
-}
-
-
 @pytest.mark.parametrize("case", CONFIGS)
 def test_bad_config_is_one_error_naming_the_folder(case: str, teacher: Path) -> None:
     changes, code = CONFIGS[case]
     edit(teacher, **changes)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RadladsError, match=code) as caught:
         open_folder(teacher)
     assert str(teacher) in str(caught.value) and "\n" not in str(caught.value)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 MEMORY_LIMIT = 320 * 2**20
 SECONDS_LIMIT = 20
@@ -75,24 +75,28 @@ class Record(NamedTuple):
     stop: int
 
 
-def main() -> int:
-    """Read the file on standard input; print {"tensors": [[name, dtype, shape, start, stop], ...]} or {"error", "fix"}."""
+def main() -> None:
+    """Print the answer about the file on standard input as JSON."""
     with suppress(ValueError, OSError):  # macOS does not know them all
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS_LIMIT, SECONDS_LIMIT))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     sys.addaudithook(deny)
-    file = sys.stdin.buffer
+    sys.stdout.write(json.dumps(answer(sys.stdin.buffer)))
+    sys.stdout.flush()
+    os._exit(0)  # the interpreter's own cleaning up would meet the audit hook
+
+
+def answer(file: BinaryIO) -> dict[str, Any]:
+    """{"tensors": [[name, dtype, shape, start, stop], ...]}, or {"error", "fix"}."""
     try:
-        answer: dict[str, Any] = {"tensors": tensors_of(file, file.seek(0, os.SEEK_END))}
+        return {"tensors": tensors_of(file, file.seek(0, os.SEEK_END))}
     except Refused as error:
         why, fix = (*error.args, "")[:2]
-        answer = {"error": why[:1000], "fix": fix}
+        return {"error": why[:1000], "fix": fix}
     except MemoryError:
-        answer = {"error": f"reading it takes more than {MEMORY_LIMIT:,} bytes of memory", "fix": RESAVE}
+        return {"error": f"reading it takes more than {MEMORY_LIMIT:,} bytes of memory", "fix": RESAVE}
     except Exception as error:
-        answer = {"error": f"it is no torch.save file that can be read ({type(error).__name__})", "fix": RESAVE}
-    sys.stdout.write(json.dumps(answer))
-    return 0
+        return {"error": f"it is no torch.save file that can be read ({type(error).__name__})", "fix": RESAVE}
 
 
 def deny(event: str, arguments: Sequence[object]) -> None:
@@ -179,6 +183,8 @@ class Machine:
         elif name in TUPLES:
             push(tuple(self.pop(TUPLES[name])))
         elif name in ("BINGET", "LONG_BINGET"):
+            if argument not in self.memo:
+                raise Refused("its pickle recalls something that it never kept")
             push(self.memo[argument])
         elif name in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.top()
@@ -208,7 +214,10 @@ class Machine:
             (attributes,) = self.pop(1)
             if not isinstance(self.top(), dict) or not isinstance(attributes, dict):
                 raise Refused("it sets the state of an object, which no state dict needs", RESAVE)
-        elif name not in ("PROTO", "FRAME"):
+        elif name == "PROTO":
+            if not 2 <= argument <= 5:
+                raise Refused(f"its pickle has the unknown protocol {argument}")
+        elif name != "FRAME":
             raise Refused(f"its pickle uses {name}, which no state dict needs", RESAVE)
 
     def top(self) -> Any:
@@ -397,11 +406,5 @@ def read_at(file: BinaryIO, start: int, count: int) -> bytes:
     return data
 
 
-def leave(status: int) -> NoReturn:
-    """End without the interpreter's own cleaning up, which the audit hook would forbid."""
-    sys.stdout.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    leave(main())
+    main()

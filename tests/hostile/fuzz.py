@@ -1,0 +1,135 @@
+"""Coverage-guided fuzzing of the header checkers: `python -m tests.hostile.fuzz gguf --seconds 600`.
+
+Keeps the inputs that reach something new in found/NAME.zip and adds up what was done in found/record.json. A finding is saved
+as found/NAME-finding-*.bin, and the exit status is 1.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+
+from tests.hostile.checkers import CHECKERS, Checker
+from tests.hostile.mutate import mutated
+
+FOUND = Path(__file__).with_name("found")
+RECORD = "record.json"
+SLOW = 1.0  # seconds of processor time for a file of a few kilobytes
+
+
+def edges_of(check: Callable[[bytes], bool], data: bytes, modules: tuple[str, ...]) -> set[int]:
+    """The steps from line to line that checking `data` takes in the modules; raises what `check` raises."""
+    seen: set[int] = set()
+    last = 0
+
+    def local(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal last
+        line = frame.f_lineno
+        seen.add(last << 16 | line)
+        last = line
+        return local
+
+    def entered(frame: FrameType, event: str, argument: Any) -> Any:
+        return local if frame.f_code.co_filename in modules else None
+
+    sys.settrace(entered)
+    try:
+        check(data)
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+def load(name: str, found: Path = FOUND) -> list[bytes]:
+    """The inputs kept from earlier sessions."""
+    path = found / f"{name}.zip"
+    if not path.exists():
+        return []
+    with ZipFile(path) as archive:
+        return [archive.read(entry) for entry in archive.namelist()]
+
+
+def keep(name: str, inputs: list[bytes], found: Path) -> None:
+    """Write the inputs as a zip that is the same for the same inputs."""
+    with ZipFile(found / f"{name}.zip", "w", ZIP_DEFLATED) as archive:
+        for data in sorted(inputs, key=lambda data: (len(data), data)):
+            entry = ZipInfo(hashlib.sha256(data).hexdigest()[:16])
+            entry.compress_type = ZIP_DEFLATED
+            archive.writestr(entry, data)
+
+
+def minimal(checker: Checker, inputs: list[bytes]) -> tuple[list[bytes], set[int]]:
+    """The shortest inputs that together take every step, and the steps."""
+    seen: set[int] = set()
+    kept = []
+    for data in sorted(set(inputs), key=len):
+        edges = edges_of(checker.check, data, checker.modules)
+        if not edges <= seen:
+            seen |= edges
+            kept.append(data)
+    return kept, seen
+
+
+def fuzz(name: str, seconds: float, seed: int, found: Path) -> bool:
+    """One session of `seconds` of processor time; True if there was no finding."""
+    checker, rng = CHECKERS[name], random.Random(seed)
+    corpus, seen = minimal(checker, [*checker.seeds, *load(name, found)])
+    start = time.process_time()
+    executions = 0
+    sound = True
+    while time.process_time() - start < seconds:
+        # Newer inputs are nearer to what has not been seen yet.
+        base = corpus[max(rng.randrange(len(corpus)), rng.randrange(len(corpus)))]
+        data = checker.repair(rng, mutated(rng, base, corpus, checker.words))
+        began = time.process_time()
+        try:
+            edges = edges_of(checker.check, data, checker.modules)
+            if (took := time.process_time() - began) > SLOW:
+                raise TimeoutError(f"{took:.1f} s for {len(data)} bytes")
+        except Exception as error:
+            sound = False
+            path = found / f"{name}-finding-{hashlib.sha256(data).hexdigest()[:16]}.bin"
+            path.write_bytes(data)
+            print(f"{path}: {type(error).__name__}: {error}", flush=True)
+            continue
+        executions += 1
+        if not edges <= seen:
+            seen |= edges
+            corpus.append(data)
+    kept, seen = minimal(checker, corpus)
+    keep(name, kept, found)
+    record = json.loads((found / RECORD).read_text()) if (found / RECORD).exists() else {}
+    total = record.setdefault(name, {"executions": 0, "cpu_seconds": 0})
+    total["executions"] += executions
+    total["cpu_seconds"] += round(time.process_time() - start)
+    total |= {"inputs": len(kept), "steps": len(seen)}
+    (found / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    print(f"{name}: {executions:,} executions, {len(kept)} inputs, {len(seen)} steps{'' if sound else ', FINDINGS'}", flush=True)
+    return sound
+
+
+def main() -> int:
+    """Fuzz the named checkers in turn."""
+    parser = argparse.ArgumentParser(description="Coverage-guided fuzzing of the header checkers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(CHECKERS)}; all by default")
+    parser.add_argument("--seconds", type=float, default=60, help="processor time for each (default 60)")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the random changes; drawn by default")
+    parser.add_argument("--found", type=Path, default=FOUND, metavar="DIR", help="where inputs and findings are kept")
+    options = parser.parse_args()
+    options.found.mkdir(parents=True, exist_ok=True)
+    for name in options.names:
+        if name not in CHECKERS:
+            parser.error(f"{name} is none of {', '.join(CHECKERS)}")
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
+    return 0 if all([fuzz(name, options.seconds, seed, options.found) for name in options.names or CHECKERS]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
