@@ -54,6 +54,7 @@ class RecipeSummary:
     name: str
     teacher: str | None
     student: str | None
+    softmax_layers: int
     stages: list[str]
     tokens: int
 
@@ -62,11 +63,13 @@ class RecipeSummary:
         """The summary of a loaded recipe."""
         student = recipe.student.arch if recipe.student else None
         kinds: list[str] = [stage.kind for stage in recipe.stages]
-        return cls(name, recipe.teacher, student, kinds, sum(stage.tokens for stage in recipe.stages))
+        kept = len(recipe.student.keep_softmax) if recipe.student else 0
+        return cls(name, recipe.teacher, student, kept, kinds, sum(stage.tokens for stage in recipe.stages))
 
     def cells(self) -> list[str]:
         """The row of a table."""
-        return [self.name, self.teacher or "new", self.student or "-", " ".join(self.stages), f"{self.tokens:,}"]
+        student = f"{self.student} + {self.softmax_layers} softmax" if self.softmax_layers else self.student or "-"
+        return [self.name, self.teacher or "new", student, " ".join(self.stages), f"{self.tokens / 1e6:,.4g} M"]
 
 
 COLUMNS = ("recipe", "teacher", "student", "stages", "tokens")

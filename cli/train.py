@@ -129,13 +129,25 @@ def open_inputs(recipe: "Recipe", student: str | None) -> "Inputs":
         return Inputs(None, tokenizer, None)
     from radlads.backends.torch.convert_run import check_order
 
-    teacher = open_folder(resolve(recipe.teacher or ""))
+    teacher = open_folder(teacher_path(recipe.teacher or ""))
     begun = None if student is None else open_folder(student)
     if begun is not None:
         check_order(begun, recipe.stages[0])
     tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)
     check_sources(recipe.data, tokenizer)
     return Inputs(teacher, tokenizer, begun)
+
+
+def teacher_path(name: str) -> Path:
+    """The folder of a recipe's teacher; R201 with the way to get it where the name is one of the hub."""
+    from radlads.demo import resolve
+    from radlads.errors import fail
+
+    path = resolve(name)
+    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/")):
+        fix = f"Download it (`hf download {name} --local-dir {name}`) or name a folder with --teacher"
+        raise fail("R201", where=name, why="there is no such folder", fix=fix)
+    return path
 
 
 def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int]) -> bool:
@@ -162,7 +174,8 @@ def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:
 
     assert recipe.student is not None
     arch, kept, flags = recipe.student.arch, recipe.student.keep_softmax, recipe.student.options
-    files, keys = model_files(student_spec(teacher, arch, kept, flags))
+    ranks, untie = recipe.student.ranks, recipe.student.head == "untied"
+    files, keys = model_files(student_spec(teacher, arch, kept, flags, ranks))
     make_student(
         teacher,
         step0,
@@ -172,6 +185,8 @@ def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:
         seed=recipe.seed,
         extra_files=files,
         config_extra=keys,
+        untie=untie,
+        ranks=ranks,
         transfer_scale=recipe.student.transfer_scale,
     )
 

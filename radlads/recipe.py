@@ -29,7 +29,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from radlads.errors import RadladsError, fail
 from radlads.families import FAMILIES
 from radlads.recipe_yaml import Document, parse_value, read_document
-from radlads.spec import DEFAULT_OPTIONS, MixerOptions, ModelSpec
+from radlads.spec import DEFAULT_OPTIONS, MixerOptions, ModelSpec, Ranks
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGE_NUMBER = {"align": 1, "distill": 2, "lm": 3}
@@ -80,12 +80,16 @@ class Part(BaseModel):
 class Student(Part):
     """The recurrent mixer that replaces attention; `options` are fields of MixerOptions.
 
-    `transfer_scale` multiplies the teacher's q, k, v and o in the converted layers.
+    `ranks` are widths of low-rank pairs, where they are not to follow the mixer's rule. `transfer_scale` multiplies the
+    teacher's q, k, v and o in the converted layers. `head` of a teacher whose head is its embedding: "tied" stays so,
+    "untied" gives the student a head of its own, "retied" does so in step 2 alone and drops it at the end.
     """
 
     arch: str = "rwkv7"
     keep_softmax: tuple[Annotated[Whole, Field(ge=0)], ...] = ()
+    ranks: dict[str, Annotated[Whole, Field(gt=0, lt=2**16)]] = Field(default_factory=dict)
     transfer_scale: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    head: Literal["tied", "untied", "retied"] = "tied"
     options: Annotated[dict[str, Any], AfterValidator(known_fields(MixerOptions))] = Field(default_factory=dict)
 
     @field_validator("arch")
@@ -101,7 +105,7 @@ class Student(Part):
             raise ValueError("keep_softmax names a layer twice")
         # The spec knows which values of the options are allowed; any model will do to ask it.
         small = ModelSpec("qwen3", 64, 64, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=64, vocab_size=1)
-        small.as_student(self.arch, **self.options)
+        small.as_student(self.arch, ranks=self.ranks, **self.options)
         return self
 
 
@@ -110,7 +114,8 @@ class DataSource(Part):
 
     `path` is a file (.txt, .jsonl, .parquet, .idx; text also with .xz, .gz or .zst), a pattern, a folder of such files, a
     token store of `radlads prepare`, a saved dataset, or "hf:owner/name" with `subset`, `split`, `revision`, `streaming`.
-    `weight` is its share of the samples; without weights files run together, and stores count by their size.
+    `weight` is its share of the samples; without weights files run together, and stores count by their size. `skip` and
+    `take` choose documents: the first ones are passed over, and no more than `take` are read.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -120,6 +125,8 @@ class DataSource(Part):
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
+    skip: Annotated[Whole, Field(ge=0)] = 0
+    take: Count | None = None
 
 
 def as_sources(values: Any) -> Any:
@@ -169,6 +176,8 @@ class Stage(Part):
     not given equals the first one. `batch_size` counts sequences per optimiser step, `micro_batch` sequences per forward
     pass (0: all of them). `packing` says what a sample is: a window of the stream, in which documents run together
     ("stream"), the same with the state begun anew at every document ("reset"), or one document, padded ("document").
+    `loss` of an align stage: the paper's norm of the difference, or its mean square. `train` names the weights that learn:
+    the mixers, all, all but embedding, head and last norm ("layers"), or the decay and what leads to it (step 3a).
     `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage.
     """
 
@@ -182,7 +191,7 @@ class Stage(Part):
     lr_final: Rate = Field(default_factory=lambda known: known["lr"])
     mixer_lr: Rate = Field(default_factory=lambda known: known["lr"])
     mixer_lr_final: Rate = Field(default_factory=lambda known: known["lr_final"])
-    schedule: Literal["constant", "linear", "cosine", "quarter_cosine", "stable_cosine_stable"] = "constant"
+    schedule: Literal["constant", "linear", "exponential", "cosine", "quarter_cosine", "stable_cosine_stable"] = "constant"
     lr_wait: Fraction = Field(default_factory=lambda known: 0.833 if known["schedule"] == "stable_cosine_stable" else 0.0)
     lr_endpoint: Fraction = Field(default_factory=lambda known: 0.875 if known["schedule"] == "stable_cosine_stable" else 1.0)
     warmup_steps: Annotated[Whole, Field(ge=0)] = 50
@@ -193,7 +202,10 @@ class Stage(Part):
     kl_weight: Rate = 1.0
     ce_weight: Rate = 0.0
     temperature: Annotated[Number, Field(gt=0, lt=1e6)] = 1.0
-    train: Literal["mixer", "all", "decay"] = Field(default_factory=lambda known: "mixer" if known["kind"] == "align" else "all")
+    loss: Literal["norm", "mse"] = "norm"
+    train: Literal["mixer", "all", "layers", "decay"] = Field(
+        default_factory=lambda known: "mixer" if known["kind"] == "align" else "all"
+    )
     save_every: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="before")
@@ -213,6 +225,10 @@ class Stage(Part):
     def _makes_sense(self) -> "Stage":
         if self.kind == "align" and self.train != "mixer":
             raise ValueError(f"an align stage trains the mixers only, not {self.train!r}")
+        if self.kind != "align" and self.loss != "norm":
+            raise ValueError("only an align stage has a choice of loss")
+        if self.schedule == "exponential" and not (self.lr_final > 0 and self.mixer_lr_final > 0):
+            raise ValueError("an exponential schedule needs final rates above 0")
         if self.kind == "distill" and self.kl_weight + self.ce_weight == 0:
             raise ValueError("kl_weight and ce_weight are both 0: the stage has no loss")
         if self.lr_wait >= self.lr_endpoint:
@@ -400,6 +416,7 @@ def keys_at(path: tuple[str | int, ...]) -> list[str]:
     tables: dict[tuple[str, ...], list[str]] = {
         (): list(Recipe.model_fields),
         ("student",): list(Student.model_fields),
+        ("student", "ranks"): [f.name for f in fields(Ranks)],
         ("student", "options"): [f.name for f in fields(MixerOptions)],
         ("data",): list(Data.model_fields),
         ("data", "train", "#"): list(DataSource.model_fields),

@@ -13,6 +13,7 @@ def learning_rate(stage: Stage, step: int, tokens_seen: int, tokens_per_step: in
 
     - constant: peak
     - linear: peak + (final - peak) q
+    - exponential: peak (final / peak)^q
     - quarter_cosine (the published "cos"): final + (peak - final) cos(pi/2 q)
     - stable_cosine_stable (step 2a): the same with lr_wait 0.833 and lr_endpoint 0.875
     - cosine (the usual half cosine, not the published one): final + (peak - final) (1 + cos(pi q)) / 2
@@ -21,8 +22,11 @@ def learning_rate(stage: Stage, step: int, tokens_seen: int, tokens_per_step: in
     """
     warmup_tokens = stage.warmup_steps * tokens_per_step
     progress = fraction(tokens_seen - warmup_tokens, stage.tokens - warmup_tokens)
-    shape = decay(stage.schedule, fraction(progress - stage.lr_wait, stage.lr_endpoint - stage.lr_wait))
+    q = fraction(progress - stage.lr_wait, stage.lr_endpoint - stage.lr_wait)
     warmup = 0.01 + 0.99 * step / stage.warmup_steps if step < stage.warmup_steps else 1.0
+    if stage.schedule == "exponential":
+        return warmup * peak * (final / peak) ** q if peak else 0.0
+    shape = decay(stage.schedule, q)
     return warmup * (final + (peak - final) * shape)
 
 

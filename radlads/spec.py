@@ -167,8 +167,13 @@ class ModelSpec:
         """The same model with softmax attention in every layer."""
         return replace(self, mixers=("softmax",) * self.L, mixer=MixerOptions(), ranks=Ranks())
 
-    def as_student(self, mixer: str, keep_softmax: tuple[int, ...] = (), **flags: Any) -> "ModelSpec":
-        """The student of this teacher: `mixer` in every layer but `keep_softmax`; `flags` override MixerOptions."""
+    def as_student(
+        self, mixer: str, keep_softmax: tuple[int, ...] = (), *, ranks: dict[str, int] | None = None, **flags: Any
+    ) -> "ModelSpec":
+        """The student of this teacher: `mixer` in every layer but `keep_softmax`; `flags` override MixerOptions.
+
+        `ranks` override the widths that the mixer's rules give. Raises ValueError for what does not fit.
+        """
         if mixer not in DEFAULT_OPTIONS:
             raise ValueError(f"unknown student architecture {mixer!r}; known: {', '.join(DEFAULT_OPTIONS)}")
         outside = [layer for layer in keep_softmax if not 0 <= layer < self.L]
@@ -188,11 +193,16 @@ class ModelSpec:
             flags["groupnorm"] = flags.get("variant", "C") != "C"  # eras A and B normalise the output, C balances the key
         if mixer == "rwkv6" and "balance" not in flags:
             flags["balance"] = not flags.get("groupnorm", False)
+        widths = {name: rule.width(self) for name, rule in MIXERS[mixer].ranks.items()}
+        for name, width in (ranks or {}).items():
+            if name not in widths:
+                raise ValueError(f"{mixer} has no rank {name!r}; it has {', '.join(widths)}")
+            widths[name] = width
         return replace(
             self,
             mixers=tuple("softmax" if i in keep_softmax else mixer for i in range(self.L)),
             mixer=replace(DEFAULT_OPTIONS[mixer], **flags),
-            ranks=Ranks(**{name: rule.width(self) for name, rule in MIXERS[mixer].ranks.items()}),
+            ranks=Ranks(**widths),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,15 +35,16 @@ def make_student(
     config_extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     untie: bool = False,
+    ranks: Mapping[str, int] | None = None,
     transfer_scale: Sequence[float] = UNSCALED,
 ) -> ModelFolder:
     """Write the untrained student of a teacher: `arch` in every layer but `keep_softmax`.
 
     `options` are fields of MixerOptions; `untie` gives a tied teacher's student a head of its own, equal to the embedding.
-    `transfer_scale` multiplies q, k, v, o (biases too) of the converted layers (protocol section 3.5).
+    `ranks` override the widths of low-rank pairs. `transfer_scale` multiplies q, k, v, o (biases too) of the converted layers (protocol section 3.5).
     R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
     """
-    spec = student_spec(teacher, arch, keep_softmax, options)
+    spec = student_spec(teacher, arch, keep_softmax, options, ranks)
     scales = tensor_scales(spec, transfer_scale)
     if untie:
         spec = replace(spec, tie_embeddings=False)
@@ -72,13 +73,19 @@ def make_student(
     )
 
 
-def student_spec(teacher: ModelFolder, arch: str, keep_softmax: Sequence[int], options: Mapping[str, Any]) -> ModelSpec:
+def student_spec(
+    teacher: ModelFolder,
+    arch: str,
+    keep_softmax: Sequence[int],
+    options: Mapping[str, Any],
+    ranks: Mapping[str, int] | None = None,
+) -> ModelSpec:
     """The student's spec; R103 if the folder holds a student already, R101 for a choice that is not possible."""
     if teacher.spec.recurrent is not None:
         why = f"it is a student already ({teacher.spec.recurrent})"
         raise fail("R103", where=teacher.path, why=why, fix="Give the softmax-attention teacher")
     try:
-        return teacher.spec.as_student(arch, tuple(sorted(set(keep_softmax))), **options)
+        return teacher.spec.as_student(arch, tuple(sorted(set(keep_softmax))), ranks=dict(ranks or {}), **options)
     except ValueError as error:
         fix = "Correct --student-arch, --keep-softmax or --set student.*"
         raise fail("R101", where="student", why=str(error), fix=fix) from None

@@ -12,6 +12,7 @@ import torch
 
 from radlads.backends.torch.engine import TorchEngine
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
+from radlads.backends.torch.head import retied, untied
 from radlads.backends.torch.load import load_model, new_model, stored_tensors
 from radlads.backends.torch.memory import keep_freed_memory
 from radlads.backends.torch.model import Model
@@ -50,6 +51,11 @@ class RecipeRun:
         self.valid = open_corpus(data.valid, data, tokenizer, run.data / "valid")
 
     @property
+    def retied(self) -> bool:
+        """Whether a tied model gets a head of its own for step 2, which is dropped at the end."""
+        return self.recipe.student is not None and self.recipe.student.head == "retied"
+
+    @property
     def samples(self) -> torch.Tensor:
         """Held-out samples (n, T + 1), the same for every measurement."""
         wanted = self.recipe.eval
@@ -83,12 +89,13 @@ class RecipeRun:
         folder = self.run.stage_folder(stage.number)
         if not folder.exists():
             model = source if isinstance(source, Model) else load_model(source, dtype=self.recipe.precision)
-            model = model.to(self.device)
+            own_head = stage.kind == "distill" and self.retied and model.spec.tie_embeddings
+            model = (untied(model) if own_head else model).to(self.device)
             began = time.perf_counter()
             teacher = self.teacher if stage.kind != "lm" else None
             if not run_stage(stage, model, teacher, self.train, self.run, report, stopping):
                 return None
-            self.save(model, folder, stage, source if isinstance(source, ModelFolder) else None, time.perf_counter() - began)
+            self.save(retied(model) if own_head else model, folder, stage, source if isinstance(source, ModelFolder) else None, time.perf_counter() - began)
         return folder
 
     def save(self, model: Model, folder: Path, stage: Stage, source: ModelFolder | None, seconds: float) -> None:

@@ -66,7 +66,7 @@ def objective(stage: Stage, student: Model, teacher: Model | None, sample: Tenso
     tokens, labels, real, cu_seqlens = unpack(sample, stage.packing)
     if stage.kind == "align":
         assert teacher is not None
-        errors = alignment_errors(student, teacher, tokens, real=real, cu_seqlens=cu_seqlens)
+        errors = alignment_errors(student, teacher, tokens, loss=stage.loss, real=real, cu_seqlens=cu_seqlens)
         return Objective(errors.mean(), errors.detach())
     hidden, _ = student.model(tokens, cu_seqlens=cu_seqlens)
     counted = labels != IGNORED
@@ -83,10 +83,17 @@ def objective(stage: Stage, student: Model, teacher: Model | None, sample: Tenso
 
 
 def alignment_errors(
-    student: Model, teacher: Model, tokens: Tensor, *, real: Tensor | None = None, cu_seqlens: Tensor | None = None
+    student: Model,
+    teacher: Model,
+    tokens: Tensor,
+    *,
+    loss: str = "norm",
+    real: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Step 1: per converted layer the mean over tokens of ||teacher mixer - student mixer||_2 / sqrt(D), float32 (L',).
 
+    With `loss` "mse" the mean of the squares, ||teacher mixer - student mixer||_2^2 / D (protocol section 3.5).
     The residual stream is the teacher's throughout, so every student mixer sees exact teacher inputs. Only `v_first` of
     RAD-RWKV7 passes from student layer to student layer, and gradients pass with it (protocol section 1.3). Tokens that
     are not `real` (B, T) do not count.
@@ -106,8 +113,9 @@ def alignment_errors(
             wanted, _ = layer.self_attn(normed, teacher_context, {})
         if MIXERS[spec.mixers[index]].recurrent:
             mixed, _ = converted[index].self_attn(normed, context, {})
-            distance = torch.linalg.vector_norm(wanted - mixed, dim=-1).float()
-            errors.append((distance if real is None else distance[real]).mean() * spec.D**-0.5)
+            distance = torch.linalg.vector_norm(wanted - mixed, dim=-1).float() * spec.D**-0.5
+            distance = distance if loss == "norm" else distance.square()
+            errors.append((distance if real is None else distance[real]).mean())
         with torch.no_grad():
             x = x + wanted
             x = x + layer.mlp(layer.post_attention_layernorm(x))

@@ -12,7 +12,7 @@ DECAY_NAMES = ("time_decay", "time_maa_w", "time_maa_x", ".w0", ".w1", ".w2")
 
 
 def trainable(model: Model, train: str) -> dict[str, nn.Parameter]:
-    """The parameters that `train` ("mixer", "all" or "decay") names; the others stop requiring gradients.
+    """The parameters that `train` ("mixer", "all", "layers" or "decay") names; the others stop requiring gradients.
 
     A tensor that no forward pass reads is never trained.
     """
@@ -22,6 +22,7 @@ def trainable(model: Model, train: str) -> dict[str, nn.Parameter]:
         recurrent = name.startswith("model.layers.") and model.spec.mixers[int(name.split(".")[2])] != "softmax"
         wanted = {
             "all": True,
+            "layers": name.startswith("model.layers."),
             "mixer": ".self_attn." in name and recurrent,
             "decay": ".self_attn." in name and recurrent and any(part in name for part in DECAY_NAMES),
         }[train]

@@ -51,7 +51,7 @@ def open_corpus(
 
 def source_of(given: DataSource, data: Data) -> Source:
     """What a recipe's source says, for reading."""
-    fields = given.model_dump(include={"subset", "split", "revision", "streaming"})
+    fields = given.model_dump(include={"subset", "split", "revision", "streaming", "skip", "take"})
     return replace(Source(str(resolve(given.path)), given.text_field or data.text_field), **fields)
 
 

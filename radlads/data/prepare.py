@@ -80,7 +80,7 @@ def prepare(
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(tokenizer),
         "eos_id": eos_id,
-        "fields": [source.field for source in given],
+        "chosen": [[source.field, source.skip, source.take] for source in given],
     }
     found = existing_store(out)
     if found is not None and origin.items() <= found.header.items():

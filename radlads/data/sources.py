@@ -22,7 +22,8 @@ class Source:
     """A file, a pattern such as "books/*.jsonl", a folder of such files, a saved dataset, or "hf:owner/name".
 
     `field` names the field of a row that holds the text or the messages; without it text, messages or conversations.
-    The rest is for datasets: subset, split, revision, and whether to stream instead of downloading first.
+    `skip` passes over the first documents, `take` bounds how many are read. The rest is for datasets: subset, split,
+    revision, and whether to stream instead of downloading first.
     """
 
     path: str
@@ -31,6 +32,8 @@ class Source:
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
+    skip: int = 0
+    take: int | None = None
 
     def files(self) -> list[Path]:
         """The files of the source in order, none for a dataset. Raises R301 for one that is missing or unknown."""
@@ -69,7 +72,18 @@ class Source:
         return [{"name": item.name, "bytes": item.stat().st_size, "sha256": sha256(item)} for item in paths]
 
     def read(self, progress: Callable[[int], None]) -> Iterator[Piece]:
-        """All documents; `progress` gets the bytes read so far, or for a dataset the rows. Raises R301."""
+        """The chosen documents; `progress` gets the bytes read so far, or for a dataset the rows. Raises R301."""
+        number = 0
+        end = None if self.take is None else self.skip + self.take
+        for piece in self.read_all(progress):
+            if end is not None and number >= end:
+                return
+            if number >= self.skip:
+                yield piece
+            number += piece.last
+
+    def read_all(self, progress: Callable[[int], None]) -> Iterator[Piece]:
+        """All documents."""
         if self.is_dataset:
             yield from self.rows(progress)
             return

@@ -8,9 +8,11 @@ import pytest
 from radlads.recipe import Stage
 from radlads.schedule import learning_rate
 
+FINAL = {"lr_final": 1e-5, "warmup_steps": 0}
+
 
 def stage(**values: Any) -> Stage:
-    return Stage(**{"kind": "align", "tokens": 10_000, "seq_len": 10, "batch_size": 10, "lr": 1e-3, "warmup_steps": 0, **values})
+    return Stage(**{"kind": "align", "tokens": 10_000, "seq_len": 10, "batch_size": 10, "lr": 1e-3, **FINAL, **values})
 
 
 def rate(shape: Stage, step: int, peak: float = 1e-3, final: float = 1e-5) -> float:
@@ -22,6 +24,7 @@ def rate(shape: Stage, step: int, peak: float = 1e-3, final: float = 1e-5) -> fl
     [
         ("constant", 1e-3),
         ("linear", 1e-5 + 0.99e-3 * 0.75),
+        ("exponential", 1e-3 * 0.01**0.25),
         ("quarter_cosine", 1e-5 + 0.99e-3 * math.cos(math.pi / 8)),
         ("cosine", 1e-5 + 0.99e-3 * (1 + math.cos(math.pi / 4)) / 2),
     ],
@@ -36,7 +39,7 @@ def test_published_cosine_falls_late() -> None:
     assert middle > rate(stage(schedule="cosine"), 50)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "quarter_cosine", "stable_cosine_stable"])
+@pytest.mark.parametrize("schedule", ["linear", "exponential", "cosine", "quarter_cosine", "stable_cosine_stable"])
 def test_ends_at_the_final_rate(schedule: str) -> None:
     assert rate(stage(schedule=schedule), 0) == pytest.approx(1e-3)
     assert rate(stage(schedule=schedule), 100) == pytest.approx(1e-5)

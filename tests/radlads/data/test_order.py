@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radlads.data.order import BLOCK, MagicPrime, Mixture, Shuffled, is_prime, magic_prime
@@ -79,6 +79,7 @@ def test_too_few_samples_for_a_prime() -> None:
         MagicPrime(2)
 
 
+@settings(deadline=None, max_examples=25)
 @given(weights=st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=5), seed=st.integers(0, 2**62))
 def test_a_mixture_keeps_its_proportions_and_visits_each_position_of_a_part_once(weights: list[float], seed: int) -> None:
     mixture = Mixture(tuple(weights), seed)
