@@ -69,7 +69,7 @@ class RecipeSummary:
     def cells(self) -> list[str]:
         """The row of a table."""
         student = f"{self.student} + {self.softmax_layers} softmax" if self.softmax_layers else self.student or "-"
-        return [self.name, self.teacher or "new", student, " ".join(self.stages), f"{self.tokens / 1e6:,.4g} M"]
+        return [self.name, self.teacher or "new", student, " ".join(self.stages), f"{self.tokens / 1e6:,.3g} M"]
 
 
 COLUMNS = ("recipe", "teacher", "student", "stages", "tokens")

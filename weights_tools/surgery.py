@@ -41,8 +41,8 @@ def make_student(
     """Write the untrained student of a teacher: `arch` in every layer but `keep_softmax`.
 
     `options` are fields of MixerOptions; `untie` gives a tied teacher's student a head of its own, equal to the embedding.
-    `ranks` override the widths of low-rank pairs. `transfer_scale` multiplies q, k, v, o (biases too) of the converted layers (protocol section 3.5).
-    R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
+    `ranks` override the widths of low-rank pairs, `transfer_scale` multiplies q, k, v, o (biases too) of the converted
+    layers (protocol section 3.5). R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
     """
     spec = student_spec(teacher, arch, keep_softmax, options, ranks)
     scales = tensor_scales(spec, transfer_scale)

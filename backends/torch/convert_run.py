@@ -95,7 +95,8 @@ class RecipeRun:
             teacher = self.teacher if stage.kind != "lm" else None
             if not run_stage(stage, model, teacher, self.train, self.run, report, stopping):
                 return None
-            self.save(retied(model) if own_head else model, folder, stage, source if isinstance(source, ModelFolder) else None, time.perf_counter() - began)
+            origin, seconds = source if isinstance(source, ModelFolder) else None, time.perf_counter() - began
+            self.save(retied(model) if own_head else model, folder, stage, origin, seconds)
         return folder
 
     def save(self, model: Model, folder: Path, stage: Stage, source: ModelFolder | None, seconds: float) -> None:
