@@ -59,6 +59,18 @@ VERBS = (
         aliases=("tokenize", "preprocess"),
     ),
     Verb(
+        "convert",
+        MAKE,
+        "radlads.cli.convert",
+        "ConvertOptions",
+        "convert",
+        "Turn a model into another format: Hugging Face, MLX (quantised too), RWKV .pth, GGUF.",
+        (
+            "radlads convert student --to mlx -q --q-bits 4 --output-dir student-4bit",
+            "radlads convert L28-D3584-qwen2-rwkv7-3.pth --config Qwen2.5-7B-Instruct --to hf --output-dir qrwkv7",
+        ),
+    ),
+    Verb(
         "chat",
         USE,
         "radlads.cli.chat",

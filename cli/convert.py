@@ -1,0 +1,94 @@
+"""`radlads convert`: a model from any format to any other, in bounded memory."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+from radlads.cli.options import arg, opt
+from radlads.cli.render import Table, note, progress, size
+
+
+@dataclass(kw_only=True)
+class ConvertOptions:
+    """What to convert, and into what."""
+
+    source: str = arg("Folder or file of the model: safetensors, MLX, .pth or .gguf.", metavar="SRC", flag="--model")
+    to: Literal["hf", "mlx", "pth", "gguf"] = opt("hf", "Format to write.", "--to")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = opt(None, "Type of the weights, instead of their own.")
+    quantize: bool = opt(False, "Quantise for MLX (affine).", "--quantize", "-q")
+    q_bits: int = opt(4, "Bits of a quantised weight: 4 or 8.")
+    q_group_size: int = opt(64, "Weights that share a scale: 32, 64 or 128.")
+    config: str | None = opt(None, "config.json, or the teacher's folder, for a .pth that has none beside it.", metavar="DIR_OR_JSON")
+    variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7, where its tensors cannot tell.")
+    allow_nonfinite: bool = opt(False, "Take weights that hold NaN or infinity.", "--allow-nonfinite")
+    output_dir: str = opt("converted", "Folder to write; or a file, if it ends in .gguf or .pth.", metavar="PATH")
+    overwrite: bool = opt(False, "Replace the output if it exists.", "--overwrite")
+    quiet: bool = opt(False, "No progress.", "--quiet")
+    json: bool = opt(False, "Print one JSON document.", "--json")
+
+
+@dataclass
+class ConvertResult:
+    """What was written; `notices` holds what was inferred about the source, and how to overrule it."""
+
+    output: str
+    format: str
+    source: str
+    source_format: str
+    architecture: str
+    parameters: int
+    weight_bytes: int
+    written: bool
+    notices: list[str] = field(default_factory=list)
+
+    def blocks(self) -> list[Table | str]:
+        """A summary."""
+        rows = [
+            ("source", f"{self.source} ({self.source_format})"),
+            ("architecture", self.architecture),
+            ("parameters", f"{self.parameters:,}"),
+            ("output", f"{self.output} ({self.format}, {size(self.weight_bytes)})"),
+        ]
+        return [Table(("", ""), rows), *([] if self.written else ["It was there already, from this very source; nothing was done."])]
+
+
+def convert(options: ConvertOptions) -> ConvertResult:
+    """Write the model in another format; R101, R2xx, R4xx, and then nothing is written."""
+    from radlads.weights_tools.convert import convert as run
+    from radlads.weights_tools.formats.format import DTYPES, Reading, Writing
+
+    writing = Writing(
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        bits=options.q_bits if options.quantize else None,
+        group_size=options.q_group_size,
+    )
+    notices: list[str] = []
+
+    def say(text: str) -> None:
+        notices.append(text)
+        note(text)
+
+    with nullcontext() if options.quiet else progress(f"convert to {options.to}") as report:
+        done = run(
+            options.source,
+            options.output_dir,
+            options.to,
+            reading=Reading(options.config, options.variant),
+            writing=writing,
+            allow_nonfinite=options.allow_nonfinite,
+            overwrite=options.overwrite,
+            report=report,
+            say=say,
+        )
+    spec = done.source.spec
+    return ConvertResult(
+        output=str(done.path),
+        format=options.to,
+        source=str(done.source.path),
+        source_format=f"{done.source.format}: {done.source.layout}",
+        architecture=f"{spec.family} {spec.recurrent or 'softmax'}",
+        parameters=spec.parameters(),
+        weight_bytes=done.nbytes,
+        written=done.written,
+        notices=notices,
+    )

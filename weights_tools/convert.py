@@ -1,0 +1,112 @@
+"""From any format to any other, tensor by tensor: refused as a whole before a byte is written, or written as a whole."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from radlads.errors import fail
+from radlads.files import read_json
+from radlads.folder import MANIFEST
+from radlads.weights_tools.formats import FORMATS, open_source
+from radlads.weights_tools.formats.format import Output, Reading, Source, Writing, checked, work_key
+from radlads.weights_tools.output import Report, write_output
+
+log = logging.getLogger(__name__)
+FILE_SUFFIXES = {"pth": ".pth", "gguf": ".gguf"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done: the source as it was read, where the output lies, and whether it was there already."""
+
+    source: Source
+    path: Path
+    written: bool
+    nbytes: int
+
+
+def convert(
+    path: Path | str,
+    output: Path | str,
+    target: str,
+    *,
+    reading: Reading | None = None,
+    writing: Writing | None = None,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+    say: Callable[[str], None] = log.warning,
+) -> Conversion:
+    """Write the model at `path` as `target` under `output`; nothing is done where that very output stands already.
+
+    R101 for a wish the format does not know, R2xx for a bad input, R205 where the format cannot hold the model, R207 for
+    NaN or infinity, R401 and R402 for the output.
+    """
+    final = Path(output)
+    source = open_source(path, reading)
+    check_apart(source, final)
+    writing = replace(writing or Writing(), single=final.suffix == FILE_SUFFIXES.get(target))
+    if writing.bits is not None and target != "mlx":
+        raise fail("R101", where="--quantize", why=f"{target} is written in floats here", fix="Quantise with --to mlx")
+    key = work_key(source, writing, target, allow_nonfinite)
+    for notice in source.notices:
+        say(notice)
+    guarded = replace(source, tensors=checked(source, source.tensors, allow_nonfinite, say))
+    output_plan = FORMATS[target].plan(guarded, writing, key)
+    nbytes = sum(file.nbytes for file in output_plan.files)
+    if is_done(final, output_plan, key, writing.single):
+        return Conversion(source, final, False, nbytes)
+    before = fingerprint(source)
+
+    def small_files(hashes: dict[str, str]) -> object:
+        if fingerprint(source) != before:
+            raise fail("R201", where=source.path, why="it changed while it was read", fix="Start again")
+        return output_plan.small_files(hashes)
+
+    write_output(
+        final,
+        output_plan.files,
+        key=key,
+        small_files=small_files,  # type: ignore[arg-type]
+        single=writing.single,
+        overwrite=overwrite,
+        report=report,
+    )
+    return Conversion(source, final, True, nbytes)
+
+
+def check_apart(source: Source, final: Path) -> None:
+    """R401 if the output is the input, lies in it or holds it."""
+    target, origin = final.resolve(), source.path.resolve()
+    if target == origin or origin in target.parents or target in origin.parents and target.suffix not in FILE_SUFFIXES.values():
+        raise fail("R401", where=final, why=f"it is, holds or lies in the input {origin}", fix="Choose another place")
+
+
+def fingerprint(source: Source) -> list[tuple[str, int, int, int]]:
+    """(name, size, time, inode) of the weights files, to notice a change under our hands."""
+    stats = [(path, path.stat()) for path in source.inputs if path.exists()]
+    return [(path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
+
+
+def is_done(final: Path, planned: Output, key: str, single: bool) -> bool:
+    """True if the very output that is planned stands at `final` already."""
+    if single:
+        return final.is_file() and same_start(final, planned)
+    manifest = read_json(final / MANIFEST) if (final / MANIFEST).is_file() else {}
+    sizes = {file.name: file.nbytes for file in planned.files}
+    return (
+        isinstance(manifest, dict)
+        and manifest.get("conversion") == key
+        and all((final / name).is_file() and (final / name).stat().st_size == size for name, size in sizes.items())
+    )
+
+
+def same_start(final: Path, planned: Output) -> bool:
+    """True if a single file has the planned size and first segment, which names the work."""
+    file = planned.files[0]
+    if final.stat().st_size != file.nbytes:
+        return False
+    start = b"".join(bytes(piece) for piece in file.segments[0].pieces({}))
+    with open(final, "rb") as there:
+        return there.read(len(start)) == start

@@ -1,0 +1,194 @@
+"""What every format has in common: a model as it was read, the wish for an output, and the check that names and shapes fit."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+import radlads
+from radlads.errors import RadladsError, fail
+from radlads.folder import SCHEMA, TOKEN_KEYS, to_json
+from radlads.spec import ModelSpec
+from radlads.tensors import FLOATS, Raw, listed
+from radlads.weights_tools.lazy import Lazy, cast, finite
+from radlads.weights_tools.output import OutputFile
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as its file has it: name, type in the format's own spelling, shape, file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the user says about the input: settings of another file, and the era of an RAD-RWKV7 file."""
+
+    config: dict[str, Any] | None = None
+    variant: str | None = None
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the user wants: a dtype of `DTYPES` (None keeps each tensor's own) and, for MLX, affine quantisation."""
+
+    dtype: str | None = None
+    bits: int | None = None
+    group_size: int = 64
+    single: bool = False  # one file under the output's own name, not a folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it was read: float tensors under our names in the spec's order, nothing of them in memory yet."""
+
+    path: Path
+    format: str
+    layout: str  # what kind of the format, for people
+    spec: ModelSpec
+    tensors: dict[str, Lazy]
+    stored: list[StoredTensor]
+    inputs: tuple[Path, ...]  # the weights files
+    config: dict[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)  # tokenizer, chat template and the like
+    manifest: dict[str, Any] | None = None
+    notices: tuple[str, ...] = ()
+    quantised: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most bytes have, in safetensors' spelling."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return max(sizes, key=sizes.__getitem__)
+
+    @property
+    def token_ids(self) -> dict[str, Any]:
+        """Begin, end and padding ids as config.json has them."""
+        return {key: self.config[key] for key in TOKEN_KEYS if key in self.config}
+
+    def in_dtype(self, dtype: str | None) -> dict[str, Lazy]:
+        """The tensors, all in one float dtype or each in its own."""
+        return {name: cast(tensor, dtype) if dtype else tensor for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Output:
+    """The plan of an output: large files, and the small ones once the hashes of the large ones are known."""
+
+    files: list[OutputFile]
+    small_files: Callable[[Mapping[str, str]], Mapping[str, bytes | Path]] = lambda hashes: {}
+
+
+class Format(Protocol):
+    """A format: `read` opens a file or folder, `plan` lays out the output or refuses with the reason (R205, R101)."""
+
+    NAME: str
+
+    def read(self, path: Path, reading: Reading) -> Source: ...
+
+    def plan(self, source: Source, writing: Writing, key: str) -> Output: ...
+
+
+def fit(path: Path, spec: ModelSpec, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors in the spec's order; R203 names all that are missing, unknown, of another shape or no floats."""
+    rows, found = spec.tensors(), dict(tensors)
+    if spec.tie_embeddings and HEAD in found and EMBEDDING in found:
+        check_tied(path, found.pop(HEAD), found[EMBEDDING])
+    faults = [f"{name} is missing" for name in rows if name not in found]
+    faults += [f"{name} is unknown" for name in found if name not in rows]
+    for name, tensor in found.items():
+        if name in rows and tensor.shape != rows[name].shape:
+            faults.append(f"{name} is {list(tensor.shape)}, the config needs {list(rows[name].shape)}")
+        elif tensor.dtype not in FLOATS:
+            faults.append(f"{name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
+    if faults:
+        why = f"{len(faults)} faults: {listed(faults)}"
+        raise fail("R203", where=path, why=why, fix="Check that config and weights belong together")
+    return {name: found[name] for name in rows}
+
+
+def check_tied(path: Path, head: Lazy, embedding: Lazy) -> None:
+    """R203 unless a stored head equals the embedding it is said to be tied to."""
+    same = head.shape == embedding.shape
+    if same:
+        pairs = zip(cast(head, "F32").pieces(), cast(embedding, "F32").pieces(), strict=True)
+        same = all(np.array_equal(a.view(np.uint32), b.view(np.uint32)) for a, b in pairs)
+    if not same:
+        why = "the config ties lm_head to the embedding, yet a different head is stored"
+        raise fail("R203", where=path, why=why, fix="Set tie_word_embeddings to false in the config")
+
+
+def checked(source: Source, tensors: Mapping[str, Lazy], allow: bool, say: Callable[[str], None]) -> dict[str, Lazy]:
+    """The tensors with a look at every piece read: R207 for NaN or infinity, unless allowed or in what no model reads."""
+    rows = source.spec.tensors()
+    told: set[str] = set()
+
+    def watch(name: str, tensor: Lazy) -> Lazy:
+        def read(start: int, stop: int) -> Raw:
+            raw = tensor.read(start, stop)
+            if name not in told and not finite(raw, tensor.dtype):
+                if rows[name].read and not allow:
+                    why = f"{name} holds NaN or infinity"
+                    raise fail("R207", where=source.path, why=why, fix="Get the weights again, or pass --allow-nonfinite")
+                told.add(name)
+                say(f"{name} holds NaN or infinity" + ("" if rows[name].read else "; no model reads it"))
+            return raw
+
+        return Lazy(tensor.dtype, tensor.shape, read)
+
+    return {name: watch(name, tensor) for name, tensor in tensors.items()}
+
+
+def manifest_of(
+    source: Source, event: Mapping[str, Any], key: str, hashes: Mapping[str, str], small: Mapping[str, bytes | Path]
+) -> bytes:
+    """radlads.json of an output: what the source's says, this conversion at the end of the history, hashes of all files."""
+    old = dict(source.manifest or {})
+    stage = old.get("stage") if source.manifest or source.spec.recurrent is None else 3
+    origin = {"name": source.path.resolve().name, "files": {path.name: path.stat().st_size for path in source.inputs}}
+    if known := old.get("files"):
+        origin["sha256"] = {path.name: known[path.name] for path in source.inputs if path.name in known}
+    told = {"kind": "convert", "from": source.format, **event, "source": origin}
+    if source.notices:
+        told["notices"] = list(source.notices)
+    history = [*old.get("history", []), told]
+    files = {**hashes, **{name: hashlib.sha256(content_of(content)).hexdigest() for name, content in small.items()}}
+    record = {**old, "schema": SCHEMA, "stage": stage, "history": history, "files": dict(sorted(files.items())), "conversion": key}
+    return to_json(record).encode()
+
+
+def work_key(source: Source, writing: Writing, target: str, allow: bool) -> str:
+    """Names the work: two runs with the same key write the same bytes."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.inputs]
+    small = {name: hashlib.sha256(content_of(content)).hexdigest() for name, content in source.files.items()}
+    parts = [radlads.__version__, target, asdict(writing), allow, stats, small, source.spec.to_dict(), source.config]
+    parts += [str(source.path.resolve()), source.manifest]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def content_of(content: Path | bytes) -> bytes:
+    """The bytes of a small file."""
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def refuse(path: Path, target: str, reasons: Sequence[str], fix: str) -> RadladsError:
+    """R205: the format cannot hold the model, with every reason."""
+    return fail("R205", where=path, why=f"{target} cannot hold this model: {'; '.join(reasons)}", fix=fix)
+
+
+def pieces_of(tensor: Lazy) -> Callable[[Mapping[str, int]], Iterator[Raw]]:
+    """The tensor as the pieces of a segment."""
+    return lambda checks: tensor.pieces()

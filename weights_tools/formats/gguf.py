@@ -1,0 +1,380 @@
+"""GGUF: teachers of the llama, qwen2 and qwen3 architectures, and RAD-RWKV6 as rwkv6qwen2; docs/formats.md has the tables."""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from radlads.errors import RadladsError, fail
+from radlads.families import read_config
+from radlads.folder import MANIFEST
+from radlads.spec import DEFAULT_OPTIONS, ModelSpec, Ranks
+from radlads.tensors import Raw
+from radlads.weights_tools.formats import gguf_tokenizer as tokenizer
+from radlads.weights_tools.formats.format import (
+    EMBEDDING,
+    HEAD,
+    Output,
+    Reading,
+    Source,
+    StoredTensor,
+    Writing,
+    fit,
+    manifest_of,
+    pieces_of,
+    refuse,
+)
+from radlads.weights_tools.formats.ggml import DECODERS
+from radlads.weights_tools.formats.gguf_file import TYPES, GgufEntry, GgufFile, read_gguf
+from radlads.weights_tools.formats.gguf_rules import rwkv6qwen2_rules, teacher_rules
+from radlads.weights_tools.lazy import Lazy, cast, read_at
+from radlads.weights_tools.output import OutputFile, Segment, fixed
+from radlads.weights_tools.rules import Rule, to_ours, to_theirs
+
+NAME = "gguf"
+RWKV6 = "rwkv6qwen2"
+TEACHERS = ("llama", "qwen2", "qwen3")
+BLOCKS = {name: (values, nbytes) for name, values, nbytes in TYPES.values()}
+NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
+ALIGNMENT = 32
+# Tensors that llama.cpp wants in float32, beside all of one axis.
+PRECISE = ("time_mix_w1", "time_mix_w2", "time_mix_decay_w1", "time_mix_decay_w2", "time_mix_lerp_fused")
+ROPE_FREQS = "rope_freqs.weight"
+LLAMA3 = (8.0, 32.0)  # the factors of published Llama 3.x models
+
+
+# ---- reading ----
+
+
+def read(path: Path, reading: Reading) -> Source:
+    """A GGUF file; R202 broken, R204 settings that do not fit, R205 an architecture or a type that is not known."""
+    file = read_gguf(path)
+    meta: dict[str, Any] = file.metadata
+    arch = meta.get("general.architecture")
+    if arch not in (*TEACHERS, RWKV6):
+        known = ", ".join((*TEACHERS, RWKV6))
+        raise fail("R205", where=path, why=f"its architecture is {arch!r}; known: {known}", fix="Use another file")
+    notices: list[str] = []
+    spec, config = described(path, file, arch, notices)
+    entries = {name: entry for name, entry in file.tensors.items() if name != ROPE_FREQS}
+    try:
+        tensors = to_ours(rules_of(spec), {name: floats(entry) for name, entry in entries.items()})
+    except KeyError as error:
+        why = f"{error.args[0]} has no place in the architecture {arch}"
+        raise fail("R203", where=path, why=why, fix="Use another file") from None
+    originals = table(meta, "radlads.dtypes", path)
+    tensors = {name: cast(tensor, originals.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+    kinds = sorted({entry.type for entry in entries.values()})
+    return Source(
+        path=path,
+        format=NAME,
+        layout=f"{arch}, {', '.join(kinds)}",
+        spec=spec,
+        tensors=fit(path, spec, tensors),
+        stored=[StoredTensor(entry.name, entry.type, entry.shape, path.name) for entry in file.tensors.values()],
+        inputs=(path,),
+        config={**config, **tokenizer.token_ids(meta), **table(meta, "radlads.config", path)},
+        files=tokenizer.files_of(meta, path),
+        manifest=table(meta, "radlads.manifest", path) or None,
+        notices=tuple(notices),
+        quantised=any(kind in DECODERS for kind in kinds),
+    )
+
+
+def table(meta: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """The JSON table under one of our own keys, empty where there is none; R204."""
+    try:
+        value = json.loads(meta.get(key, "{}"))
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise fail("R204", where=f"{path}: {key}", why="it is no JSON table", fix="Convert the model again")
+    return value
+
+
+def floats(entry: GgufEntry) -> Lazy:
+    """A stored tensor as floats: as it is, or decoded to float32; R205 for a type without a decoder."""
+    width = math.prod(entry.shape[1:])
+    if entry.type in FLOAT_TYPES:
+        dtype = np.dtype(FLOAT_TYPES[entry.type])
+
+        def read_floats(start: int, stop: int) -> Raw:
+            values = bytes_at(entry, dtype, (stop - start) * width, start * width * dtype.itemsize)
+            return values.reshape(stop - start, *entry.shape[1:])
+
+        return Lazy(entry.type, entry.shape, read_floats)
+    decode = DECODERS.get(entry.type)
+    if decode is None:
+        known = ", ".join((*FLOAT_TYPES, *DECODERS))
+        why = f"{entry.name} has the type {entry.type}; known: {known}"
+        raise fail("R205", where=entry.path, why=why, fix="Use a file of another quantisation")
+    values, nbytes = BLOCKS[entry.type]
+    rows = entry.shape[0] if len(entry.shape) > 1 else 1
+    per_row = math.prod(entry.shape) // rows // values
+
+    def read_blocks(start: int, stop: int) -> Raw:
+        if len(entry.shape) == 1:  # the one row may be asked for in parts
+            return read_row(entry, decode, per_row)[start:stop]
+        count = (stop - start) * per_row
+        data = bytes_at(entry, np.dtype(np.uint8), count * nbytes, start * per_row * nbytes)
+        with np.errstate(all="ignore"):
+            return decode(data.reshape(count, nbytes)).reshape(stop - start, *entry.shape[1:])
+
+    return Lazy("F32", entry.shape, read_blocks)
+
+
+def read_row(entry: GgufEntry, decode: Callable[[Any], Raw], count: int) -> Raw:
+    """A decoded tensor of one axis."""
+    data = bytes_at(entry, np.dtype(np.uint8), entry.nbytes, 0)
+    return decode(data.reshape(count, -1)).reshape(entry.shape)
+
+
+def bytes_at(entry: GgufEntry, dtype: "np.dtype[Any]", count: int, offset: int) -> Raw:
+    """Values of a stored tensor."""
+    return read_at(entry.path, dtype, count, entry.offset + offset)
+
+
+def described(path: Path, file: GgufFile, arch: str, notices: list[str]) -> tuple[ModelSpec, dict[str, Any]]:
+    """(spec, config) from our own key, or put together from the metadata; R204."""
+    if "radlads.spec" in file.metadata:
+        try:
+            return ModelSpec.from_dict(table(file.metadata, "radlads.spec", path)), {}
+        except (TypeError, ValueError) as error:
+            raise fail("R204", where=f"{path}: radlads.spec", why=str(error), fix="Convert the model again") from None
+    config = config_of(path, file, arch)
+    try:
+        spec = read_config(config)
+        return (student(spec, file, notices) if arch == RWKV6 else spec), config
+    except RadladsError as error:
+        raise fail(error.code, where=f"{path} ({error.where.removeprefix('config.json: ')})", why=error.why, fix=error.fix) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise fail("R204", where=path, why=f"its settings do not fit together: {error}", fix="Use another file") from None
+
+
+def config_of(path: Path, file: GgufFile, arch: str) -> dict[str, Any]:
+    """A Hugging Face config of the model in the file."""
+    meta = file.metadata
+
+    def setting(key: str, default: object = None) -> Any:
+        return shortest(meta.get(f"{arch}.{key}", default))
+
+    for key in ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor"):
+        if setting(key):
+            raise fail("R205", where=path, why=f"{arch}.{key} is set, which is not supported", fix="Choose another teacher")
+    embedding = file.tensors.get("token_embd.weight")
+    head_size = setting("wkv.head_size") if arch == RWKV6 else setting("attention.key_length")
+    hidden = setting("embedding_length", 0)
+    heads = hidden // head_size if arch == RWKV6 and head_size else setting("attention.head_count")
+    config = {
+        "model_type": "qwen2" if arch == RWKV6 else arch,
+        "hidden_size": hidden,
+        "intermediate_size": setting("feed_forward_length"),
+        "num_hidden_layers": setting("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": setting("attention.head_count_kv", heads) or heads,
+        "head_dim": head_size or (hidden // heads if heads else None),
+        "vocab_size": embedding.shape[0] if embedding else None,
+        "max_position_embeddings": setting("context_length", 32768),
+        "rms_norm_eps": setting("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": setting("rope.freq_base", 1e4),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+    }
+    scaling = rope_scaling(path, file, config, setting)
+    return {**config, **({"rope_scaling": scaling} if scaling else {})}
+
+
+def shortest(value: object) -> object:
+    """A float32 of the metadata as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def rope_scaling(path: Path, file: GgufFile, config: dict[str, Any], setting: Callable[..., Any]) -> dict[str, Any] | None:
+    """The scaling of RoPE: by a key, or by the table of frequencies of a Llama 3.x model."""
+    kind = setting("rope.scaling.type", "none")
+    if ROPE_FREQS in file.tensors:
+        stored = floats(file.tensors[ROPE_FREQS]).whole()
+        for factor in LLAMA3:
+            scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 8192}  # fmt: skip
+            if np.allclose(stored, rope_factors(config["head_dim"], config["rope_theta"], scaling), rtol=1e-4):
+                return scaling
+        raise fail("R205", where=path, why="its table of RoPE frequencies is not that of Llama 3.x", fix="Choose another teacher")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": setting("rope.scaling.factor", 1.0)}
+    if kind != "none":
+        raise fail("R205", where=path, why=f"the RoPE scaling {kind!r} is not supported", fix="Choose another teacher")
+    return None
+
+
+def rope_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> Raw:
+    """What divides each RoPE frequency under Llama 3's scaling, (head_dim / 2,) float32."""
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
+
+
+def student(teacher: ModelSpec, file: GgufFile, notices: list[str]) -> ModelSpec:
+    """The spec of an rwkv6qwen2 file of others; its ranks are those of its tensors."""
+    shift, decay = file.tensors["blk.0.time_mix_w2.weight"], file.tensors["blk.0.time_mix_decay_w1.weight"]
+    bias = "blk.0.time_mix_receptance.bias" in file.tensors
+    notices.append("the log-decay is clamped at -5, as published models are; GGUF does not say and llama.cpp does not clamp")
+    return replace(
+        teacher,
+        qkv_bias=bias,
+        mixers=("rwkv6",) * teacher.L,
+        mixer=DEFAULT_OPTIONS["rwkv6"],
+        ranks=Ranks(tokenshift=shift.shape[-1], decay=decay.shape[0]),
+    )
+
+
+def rules_of(spec: ModelSpec) -> list[Rule]:
+    """The table of a spec that GGUF can hold."""
+    return rwkv6qwen2_rules(spec) if spec.recurrent else teacher_rules(spec)
+
+
+# ---- writing ----
+
+
+def plan(source: Source, writing: Writing, key: str) -> Output:
+    """One file; R205 with the reasons where llama.cpp has no such architecture, or GGUF no such tokenizer."""
+    spec = source.spec
+    reasons = obstacles(spec)
+    if reasons:
+        raise refuse(source.path, "GGUF", reasons, "Write --to hf, mlx or pth instead")
+    ours = source.in_dtype(writing.dtype)
+    if spec.recurrent and spec.tie_embeddings:
+        ours = {**ours, HEAD: ours[EMBEDDING]}  # llama.cpp wants a head of its own
+    theirs = to_theirs(rules_of(spec), ours)
+    stored = {name: cast(tensor, "F32") if precise(name, tensor) else tensor for name, tensor in theirs.items()}
+    if spec.rope_scaling and spec.rope_scaling["rope_type"] == "llama3" and not spec.recurrent:
+        factors = rope_factors(spec.N, spec.rope_theta, spec.rope_scaling)
+        stored = {ROPE_FREQS: Lazy("F32", factors.shape, lambda start, stop: factors[start:stop]), **stored}
+    meta = {**metadata(source, ours, writing.dtype or source.dtype), "radlads.conversion": key}
+    meta |= tokenizer.metadata_of(source.files, source.token_ids, spec.V, source.path)
+    name = "model.gguf"
+    event = {"to": NAME, "dtype": writing.dtype or "stored"}
+    file = OutputFile(name, [fixed("header", header(meta, stored)), *data(stored)])
+    return Output([file], lambda hashes: {MANIFEST: manifest_of(source, event, key, hashes, {})})
+
+
+def obstacles(spec: ModelSpec) -> list[str]:
+    """Why llama.cpp could not run the model; empty if it can."""
+    if spec.recurrent is None:
+        return []
+    flags = spec.mixer
+    found = {
+        f"llama.cpp has no architecture with the {spec.recurrent} mixer, only RAD-RWKV6": spec.recurrent != "rwkv6",
+        f"layers {', '.join(map(str, spec.kept_layers))} are softmax, and rwkv6qwen2 has none": bool(spec.kept_layers),
+        f"the gate is {flags.gate}, and rwkv6qwen2 has a full one": flags.gate != "full",
+        "rwkv6qwen2 has no RoPE": flags.rope,
+        "rwkv6qwen2 always has token shift": not flags.token_shift,
+        "rwkv6qwen2 always balances the key": not flags.balance,
+        "rwkv6qwen2 has no group norm": flags.groupnorm,
+        "rwkv6qwen2 has no norm of q and k": spec.qk_norm,
+        "rwkv6qwen2 has no bias on the output or the feed-forward": spec.output_bias or spec.mlp_bias,
+        "rwkv6qwen2 needs heads that fill the hidden size": spec.C != spec.D,
+    }
+    if spec.recurrent != "rwkv6":
+        return list(found)[:1]
+    return [reason for reason, holds in found.items() if holds]
+
+
+def precise(name: str, tensor: Lazy) -> bool:
+    """Whether llama.cpp wants the tensor in float32."""
+    return len(tensor.shape) == 1 or any(part in name for part in PRECISE)
+
+
+def metadata(source: Source, ours: Mapping[str, Lazy], dtype: str) -> dict[str, Any]:
+    """Everything but the tokenizer: llama.cpp's keys, and ours by which nothing is lost on the way back."""
+    spec = source.spec
+    arch = RWKV6 if spec.recurrent else spec.family
+    keys: dict[str, Any] = {
+        "context_length": 1048576 if spec.recurrent else spec.max_positions,
+        "embedding_length": spec.D,
+        "block_count": spec.L,
+        "feed_forward_length": spec.F,
+        "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
+        "attention.head_count_kv": spec.Hkv,
+    }
+    if spec.recurrent:
+        keys |= {
+            "attention.head_count": 0,  # wanted by llama.cpp, never used
+            "wkv.head_size": spec.N,
+            "time_mix_extra_dim": spec.ranks.tokenshift,
+            "time_decay_extra_dim": spec.ranks.decay,
+            "token_shift_count": 1,
+        }
+    else:
+        keys |= {"attention.head_count": spec.H, "attention.key_length": spec.N, "attention.value_length": spec.N}
+        keys |= {"rope.freq_base": float(spec.rope_theta), "rope.dimension_count": spec.N, "vocab_size": spec.V}
+        if spec.rope_scaling and spec.rope_scaling["rope_type"] == "linear":
+            keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(spec.rope_scaling["factor"])}
+    changed = {name: tensor.dtype for name, tensor in ours.items() if tensor.dtype != "F32"}
+    general = {
+        "general.architecture": arch,
+        "general.type": "model",
+        "general.name": source.path.resolve().stem,
+        "general.file_type": FILE_TYPES[dtype],
+        "general.quantization_version": 2,
+    }
+    own = {
+        "radlads.spec": json.dumps(spec.to_dict()),
+        "radlads.dtypes": json.dumps(changed),
+        "radlads.config": json.dumps(source.token_ids),
+        "radlads.manifest": json.dumps(source.manifest or {}),
+    }
+    return {**general, **{f"{arch}.{name}": value for name, value in keys.items()}, **own}
+
+
+def header(meta: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> bytes:
+    """Magic, metadata and the list of tensors, padded to the alignment."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(meta))]
+    parts += [text(key) + value(item) for key, item in meta.items()]
+    offset = 0
+    for name, tensor in tensors.items():
+        sizes = tensor.shape[::-1]
+        parts.append(text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, NUMBERS[tensor.dtype], offset))
+        offset += tensor.nbytes + -tensor.nbytes % ALIGNMENT
+    joined = b"".join(parts)
+    return joined + b"\0" * (-len(joined) % ALIGNMENT)
+
+
+def data(tensors: Mapping[str, Lazy]) -> Sequence[Segment]:
+    """The tensors, each padded to the alignment."""
+    segments: list[Segment] = []
+    for name, tensor in tensors.items():
+        segments.append(Segment(name, tensor.nbytes, pieces_of(tensor)))
+        if padding := -tensor.nbytes % ALIGNMENT:
+            segments.append(fixed(f"{name} padding", b"\0" * padding))
+    return segments
+
+
+def text(string: str) -> bytes:
+    """A string of the format."""
+    encoded = string.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def value(item: Any) -> bytes:
+    """A value with its type: booleans, uint32 (int32 in lists), float32, strings, lists of one type."""
+    if isinstance(item, list):
+        if all(isinstance(entry, str) for entry in item):
+            return struct.pack("<IIQ", 9, 8, len(item)) + b"".join(map(text, item))
+        return struct.pack("<IIQ", 9, 5, len(item)) + struct.pack(f"<{len(item)}i", *item)
+    if isinstance(item, bool):
+        return struct.pack("<I?", 7, item)
+    if isinstance(item, int):
+        return struct.pack("<II", 4, item)
+    if isinstance(item, float):
+        return struct.pack("<If", 6, item)
+    return struct.pack("<I", 8) + text(item)
