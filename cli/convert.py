@@ -18,7 +18,7 @@ class ConvertOptions:
     quantize: bool = opt(False, "Quantise for MLX (affine).", "--quantize", "-q")
     q_bits: int = opt(4, "Bits of a quantised weight: 4 or 8.")
     q_group_size: int = opt(64, "Weights that share a scale: 32, 64 or 128.")
-    config: str | None = opt(None, "config.json, or the teacher's folder, for a .pth that has none beside it.", metavar="DIR_OR_JSON")
+    config: str | None = opt(None, "config.json or the teacher's folder, for a .pth without one.", metavar="DIR_OR_JSON")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7, where its tensors cannot tell.")
     allow_nonfinite: bool = opt(False, "Take weights that hold NaN or infinity.", "--allow-nonfinite")
     output_dir: str = opt("converted", "Folder to write; or a file, if it ends in .gguf or .pth.", metavar="PATH")
@@ -49,7 +49,8 @@ class ConvertResult:
             ("parameters", f"{self.parameters:,}"),
             ("output", f"{self.output} ({self.format}, {size(self.weight_bytes)})"),
         ]
-        return [Table(("", ""), rows), *([] if self.written else ["It was there already, from this very source; nothing was done."])]
+        done = [] if self.written else ["It was there already, from this very source; nothing was done."]
+        return [Table(("", ""), rows), *done]
 
 
 def convert(options: ConvertOptions) -> ConvertResult:

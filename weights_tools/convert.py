@@ -79,7 +79,7 @@ def convert(
 def check_apart(source: Source, final: Path) -> None:
     """R401 if the output is the input, lies in it or holds it."""
     target, origin = final.resolve(), source.path.resolve()
-    if target == origin or origin in target.parents or target in origin.parents and target.suffix not in FILE_SUFFIXES.values():
+    if target == origin or origin in target.parents or (target in origin.parents and target.suffix not in FILE_SUFFIXES.values()):
         raise fail("R401", where=final, why=f"it is, holds or lies in the input {origin}", fix="Choose another place")
 
 

@@ -19,11 +19,15 @@ PIECE = 2**24  # bytes of a piece, unless a single row has more
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor of `dtype` and `shape`; `read(start, stop)` gives rows [start, stop) of its first axis as raw bits."""
+    """A tensor of `dtype` and `shape`; `read(start, stop)` gives rows [start, stop) of its first axis as raw bits.
+
+    `row_cost` is the memory that reading a row takes, where that is more than the row's own bytes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[int, int], Raw]
+    row_cost: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +41,7 @@ class Lazy:
 
     def pieces(self) -> Iterator[Raw]:
         """All rows in order, in pieces of about `PIECE` bytes."""
-        step = max(1, PIECE * self.rows // max(1, self.nbytes))
+        step = max(1, PIECE // max(1, self.row_cost, self.nbytes // max(1, self.rows)))
         for start in range(0, self.rows, step):
             yield self.read(start, min(start + step, self.rows))
 
@@ -63,7 +67,8 @@ def read_at(path: Path, dtype: "np.dtype[Any]", count: int, offset: int) -> Raw:
     try:
         values = np.fromfile(path, dtype, count, offset=offset)
     except OSError as error:
-        raise fail("R201", where=path, why=f"it changed after it was opened: {error.strerror or error}", fix="Start again") from None
+        why = f"it changed after it was opened: {error.strerror or error}"
+        raise fail("R201", where=path, why=why, fix="Start again") from None
     if values.size != count:
         raise fail("R201", where=path, why="it was cut after it was opened", fix="Start again")
     return values

@@ -99,7 +99,9 @@ def write_output(
                 check_space(final.parent, total - there)
                 meter = Meter(report, total)
                 with open(partial / JOURNAL, "a", encoding="utf-8") as journal:
-                    hashes = {file.name: write_one(partial, file, done.get(file.name, Finished()), journal, meter) for file in files}
+                    hashes = {
+                        file.name: write_one(partial, file, done.get(file.name, Finished()), journal, meter) for file in files
+                    }
                 small = small_files(hashes)
                 if single:
                     os.replace(partial / files[0].name, final)
@@ -258,4 +260,4 @@ def write_segment(out: Any, segment: Segment, checks: Checks, hasher: Hasher, me
 
 def as_bytes(piece: Raw) -> memoryview:
     """The bytes of an array in C order."""
-    return memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data

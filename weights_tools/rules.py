@@ -24,7 +24,10 @@ class Transform:
 
 @dataclass(frozen=True)
 class Rule:
-    """`ours` (several names where tensors are joined) is `theirs` after `transform`; `kept` limits it to (or from) softmax layers."""
+    """`ours` (several names where tensors are joined) is `theirs` after `transform`.
+
+    `kept` limits it to softmax layers (True) or to all others (False).
+    """
 
     ours: str | tuple[str, ...]
     theirs: str

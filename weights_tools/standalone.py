@@ -7,6 +7,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def model_files(spec: ModelSpec) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Files and config keys by which mlx-lm and transformers load a model on their own; none for a teacher."""
     if spec.recurrent is None:
         return {}, {}
-    return {file: join_module(entry).encode() for file, entry in ENTRIES.items()}, dict(CONFIG_KEYS)
+    return {file: joined(entry) for file, entry in ENTRIES.items()}, dict(CONFIG_KEYS)
+
+
+@cache
+def joined(entry: str) -> bytes:
+    """`join_module` once in a process: it takes a second, and the sources do not change."""
+    return join_module(entry).encode()
 
 
 def join_module(entry: str) -> str:

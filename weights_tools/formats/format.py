@@ -166,8 +166,8 @@ def manifest_of(
         told["notices"] = list(source.notices)
     history = [*old.get("history", []), told]
     files = {**hashes, **{name: hashlib.sha256(content_of(content)).hexdigest() for name, content in small.items()}}
-    record = {**old, "schema": SCHEMA, "stage": stage, "history": history, "files": dict(sorted(files.items())), "conversion": key}
-    return to_json(record).encode()
+    new = {"schema": SCHEMA, "stage": stage, "history": history, "files": dict(sorted(files.items())), "conversion": key}
+    return to_json({**old, **new}).encode()
 
 
 def work_key(source: Source, writing: Writing, target: str, allow: bool) -> str:

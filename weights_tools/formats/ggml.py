@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]  # (blocks, bytes of a block)
+Integers = npt.NDArray[Any]  # small unsigned numbers
 Floats = npt.NDArray[np.float32]  # (blocks, values of a block)
 
 
@@ -18,17 +19,17 @@ def half(blocks: Bytes, at: int) -> Floats:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
-def nibbles(data: Bytes) -> npt.NDArray[np.uint8]:
+def nibbles(data: Bytes) -> Integers:
     """Low halves of all bytes, then high halves, along the last axis."""
     return np.concatenate((data & 15, data >> 4), -1)
 
 
-def signed(data: Any, zero: int) -> Floats:
+def signed(data: Integers, zero: int) -> Floats:
     """Unsigned integers around `zero` as float32."""
     return (data.astype(np.int16) - zero).astype(np.float32)
 
 
-def fifth_bits(blocks: Bytes, at: int) -> npt.NDArray[np.uint8]:
+def fifth_bits(blocks: Bytes, at: int) -> Integers:
     """The 32 bits at byte `at` of every block, as the fifth bit of 32 numbers."""
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << 4
 
@@ -58,7 +59,7 @@ def q8_0(b: Bytes) -> Floats:
     return half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
 
 
-def crumbs(data: Bytes) -> npt.NDArray[np.uint8]:
+def crumbs(data: Bytes) -> Integers:
     """256 numbers of 2 bits: each half of 32 bytes gives its lowest bits, then the next two, four times."""
     halves = data.reshape(len(data), 2, 1, 32)
     return (halves >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3).reshape(len(data), 256)
@@ -82,14 +83,14 @@ def q3_k(b: Bytes) -> Floats:
     return (scales[..., None] * q).reshape(len(b), 256)
 
 
-def six_bits(packed: Bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def six_bits(packed: Bytes) -> tuple[Integers, Integers]:
     """8 scales and 8 minima of 6 bits from 12 bytes: four of each whole, the others' upper bits stand above those."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate((first & 63, third & 15 | first >> 6 << 4), -1)
     return scales, np.concatenate((second & 63, third >> 4 | second >> 6 << 4), -1)
 
 
-def with_scales(b: Bytes, q: npt.NDArray[np.uint8]) -> Floats:
+def with_scales(b: Bytes, q: Integers) -> Floats:
     """d, dmin and 12 bytes of scales in front of 256 numbers `q` in 8 sub-blocks."""
     scales, minima = six_bits(b[:, 4:16])
     steps, offsets = half(b, 0) * scales.astype(np.float32), half(b, 2) * minima.astype(np.float32)

@@ -153,7 +153,8 @@ def described(path: Path, file: GgufFile, arch: str, notices: list[str]) -> tupl
         spec = read_config(config)
         return (student(spec, file, notices) if arch == RWKV6 else spec), config
     except RadladsError as error:
-        raise fail(error.code, where=f"{path} ({error.where.removeprefix('config.json: ')})", why=error.why, fix=error.fix) from None
+        where = f"{path} ({error.where.removeprefix('config.json: ')})"
+        raise fail(error.code, where=where, why=error.why, fix=error.fix) from None
     except (KeyError, TypeError, ValueError) as error:
         raise fail("R204", where=path, why=f"its settings do not fit together: {error}", fix="Use another file") from None
 

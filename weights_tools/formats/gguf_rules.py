@@ -19,7 +19,8 @@ SHIFT_DOWN = reshaped(  # (D, 5 r) to (5 r, D), slots exchanged
     lambda x: x.T.reshape(5, -1, len(x))[TO_THEIRS].reshape(-1, len(x)),
     lambda x: x.reshape(5, -1, x.shape[1])[TO_THEIRS].reshape(-1, x.shape[1]).T,
 )
-SHIFT_UP = reshaped(lambda x: x.transpose(0, 2, 1)[TO_THEIRS], lambda x: x[TO_THEIRS].transpose(0, 2, 1))  # (5, r, D) to (5, D, r)
+# (5, r, D) to (5, D, r), slots exchanged
+SHIFT_UP = reshaped(lambda x: x.transpose(0, 2, 1)[TO_THEIRS], lambda x: x[TO_THEIRS].transpose(0, 2, 1))
 
 
 def stack(ours: Sequence[Lazy]) -> Lazy:

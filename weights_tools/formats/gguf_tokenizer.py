@@ -15,8 +15,9 @@ from radlads.files import parse_json
 Files = Mapping[str, Path | bytes]
 Meta = dict[str, Any]
 
-TOKENIZER, SETTINGS, TEMPLATE, GENERATION = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # 6 is a byte of a SentencePiece vocabulary
 GPT2, LLAMA = "gpt2", "llama"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 

@@ -69,7 +69,8 @@ def folder_output(
     """The plan of a folder: shards, index, config.json with `settings`, companions, our model code, manifest."""
     planned: dict[str, Planned] = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     shards = list(split(planned))
-    files, places = [], {}
+    files: list[OutputFile] = []
+    places: dict[str, str] = {}
     for number, part in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         files.append(shard_file(name, {tensor: tensors[tensor] for tensor in part}, metadata))

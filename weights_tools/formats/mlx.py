@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from radlads.errors import RadladsError, fail
 from radlads.families import read_config
 from radlads.folder import CONFIG, CONFIG_DTYPES, inherited, read_manifest
@@ -16,7 +14,7 @@ from radlads.tensors import FLOATS, Entry, Raw, encode, open_weights
 from radlads.weights_tools.formats.affine import BITS, GROUP_SIZES, dequantise, quantise, scales_and_biases
 from radlads.weights_tools.formats.format import Output, Reading, Source, StoredTensor, Writing, fit
 from radlads.weights_tools.formats.hf import folder_output, read_config_file
-from radlads.weights_tools.lazy import PIECE, Lazy, stored
+from radlads.weights_tools.lazy import Lazy, stored
 from radlads.weights_tools.standalone import ENTRIES
 
 NAME = "mlx"
@@ -27,8 +25,7 @@ PARTS = (".scales", ".biases")
 def read(path: Path, reading: Reading) -> Source:
     """A folder with affine-quantised weights, dequantised as it is read; R2xx where it is broken or quantised otherwise."""
     config = read_config_file(path)
-    settings = config.get(KEYS[0]) or config.get(KEYS[1])
-    check_mode(path, settings)
+    settings = quantisation_of(path, config)
     float_config = {name: value for name, value in config.items() if name not in KEYS}
     try:
         spec = read_config(float_config)
@@ -53,12 +50,14 @@ def read(path: Path, reading: Reading) -> Source:
     )
 
 
-def check_mode(path: Path, settings: Any) -> None:
-    """R205 for another quantisation than affine with one of the supported widths."""
+def quantisation_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the quantisation; R205 unless it is affine with one of the supported widths."""
+    settings: Any = config.get(KEYS[0]) or config.get(KEYS[1])
     known = isinstance(settings, dict) and settings.get("mode", "affine") == "affine"
     if not known or settings.get("bits") not in BITS or settings.get("group_size") not in GROUP_SIZES:
         why = f"the quantisation is not affine with {BITS} bits and groups of {GROUP_SIZES}"
         raise fail("R205", where=path / CONFIG, why=why, fix="Use the unquantised model")
+    return dict(settings)
 
 
 def floats(path: Path, entries: dict[str, Entry], settings: dict[str, Any]) -> Iterator[tuple[str, Lazy]]:
@@ -70,7 +69,7 @@ def floats(path: Path, entries: dict[str, Entry], settings: dict[str, Any]) -> I
         if entry.dtype != "U32":
             yield name, stored(entry)
             continue
-        own = settings.get(stem) if isinstance(settings.get(stem), dict) else settings
+        own = {**settings, **settings[stem]} if isinstance(settings.get(stem), dict) else settings
         yield name, quantised_tensor(path, name, entries, own["bits"], own["group_size"])
 
 
@@ -88,15 +87,10 @@ def quantised_tensor(path: Path, name: str, entries: dict[str, Entry], bits: int
         raise fail("R203", where=path, why=f"{why} at {bits} bits in groups of {group_size}", fix="Quantise the model again")
 
     def read_rows(start: int, stop: int) -> Raw:
-        parts = (rows_of(entry, start, stop) for entry in (words, scales, biases))
-        return dequantise(*parts, scales.dtype, bits)
+        w, s, b = (stored(entry).read(start, stop) for entry in (words, scales, biases))
+        return dequantise(w, s, b, scales.dtype, bits)
 
     return Lazy(scales.dtype, (words.shape[0], columns), read_rows)
-
-
-def rows_of(entry: Entry, start: int, stop: int) -> Raw:
-    """Rows of a stored matrix as they are."""
-    return stored(entry).read(start, stop)
 
 
 def plan(source: Source, writing: Writing, key: str) -> Output:
@@ -124,7 +118,6 @@ def check_wish(source: Source, writing: Writing) -> None:
         raise fail("R101", where="--q-bits", why=why, fix="Choose one of these")
 
 
-
 def quantised(spec: ModelSpec, tensors: dict[str, Lazy], writing: Writing) -> Iterator[tuple[str, Lazy]]:
     """The tensors with each matrix as words, scales and biases, by the policy of `mlx_lm convert` with our model file.
 
@@ -138,10 +131,11 @@ def quantised(spec: ModelSpec, tensors: dict[str, Lazy], writing: Writing) -> It
             yield name, tensor
             continue
         stem, (n, columns) = name.removesuffix(".weight"), tensor.shape
-        words = partial(quantised_words, tensor, bits, group)
-        yield name, Lazy("U32", (n, columns * bits // 32), words)
+        cost = 4 * columns
+        yield name, Lazy("U32", (n, columns * bits // 32), partial(quantised_words, tensor, bits, group), cost)
         for part, ending in enumerate(PARTS, 1):
-            yield stem + ending, Lazy(tensor.dtype, (n, columns // group), partial(group_values, tensor, bits, group, part))
+            values = partial(group_values, tensor, bits, group, part)
+            yield stem + ending, Lazy(tensor.dtype, (n, columns // group), values, cost)
 
 
 def quantised_words(tensor: Lazy, bits: int, group_size: int, start: int, stop: int) -> Raw:
@@ -150,10 +144,5 @@ def quantised_words(tensor: Lazy, bits: int, group_size: int, start: int, stop: 
 
 
 def group_values(tensor: Lazy, bits: int, group_size: int, part: int, start: int, stop: int) -> Raw:
-    """The scales (part 1) or biases (part 2) of some rows; their pieces are small, so the rows are taken in steps."""
-    step = max(1, PIECE // (4 * tensor.shape[1]))
-    found = []
-    for row in range(start, stop, step):
-        run = tensor.read(row, min(row + step, stop))
-        found.append(encode(scales_and_biases(run, tensor.dtype, bits, group_size)[part], tensor.dtype))
-    return np.concatenate(found)
+    """The scales (part 1) or biases (part 2) of some rows."""
+    return encode(scales_and_biases(tensor.read(start, stop), tensor.dtype, bits, group_size)[part], tensor.dtype)
