@@ -2,19 +2,21 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from radlads.errors import RadladsError
 from radlads.files import sha256
 from radlads.folder import open_folder
 from radlads.tensors import read_header, read_raw
 from radlads.weights_tools.convert import convert
-from radlads.weights_tools.formats import FORMATS, open_source, recognise
+from radlads.weights_tools.formats import FORMATS, open_source, pth, recognise
 from radlads.weights_tools.formats.format import Reading, Writing
 from radlads.weights_tools.formats.ggml import DECODERS
 from radlads.weights_tools.surgery import make_student
@@ -215,3 +217,52 @@ def test_what_is_no_model_and_outputs_that_would_hurt_are_refused(tmp_path: Path
     with pytest.raises(RadladsError, match=r"R101.*quantised already"):
         convert(tmp_path / "q", tmp_path / "qq", "mlx", writing=Writing(bits=8))
     assert Reading().variant is None and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["rwkv7", "hxa079", "qwen2"])
+def test_pth_is_what_torch_loads_without_pickles(kind: str, tmp_path: Path) -> None:
+    source = make(tmp_path, kind, "BF16")
+    convert(source, tmp_path / "model.pth", "pth", allow_nonfinite=True, say=lambda text: None)
+    for mapped in (False, True):
+        state = torch.load(tmp_path / "model.pth", weights_only=True, mmap=mapped)
+        weights = open_folder(source).weights
+        assert len(state) == len(weights)
+        names = {name: name for name in weights}
+        if kind == "hxa079":
+            assert "blocks.0.att.receptance.weight" in state and "blocks.1.att.q_proj.weight" in state and "emb.weight" in state
+            assert "blocks.0.att.ln_r.weight" in state and "blocks.1.att.ln_r.weight" in state
+            names = {name: openmose(name) for name in weights}
+        for name, entry in weights.items():
+            tensor = state[names[name]]
+            assert tensor.shape == entry.shape and tensor.is_contiguous()
+            assert tensor.view(torch.int16).numpy().tobytes() == read_raw(entry).tobytes(), name
+    with pytest.raises(RadladsError, match=r"R204.*Pass --config"):
+        open_source(tmp_path / "model.pth")
+    reading = Reading(str(source))
+    back = convert(tmp_path / "model.pth", tmp_path / "back", "hf", reading=reading, allow_nonfinite=True, say=lambda text: None)
+    assert back.source.spec == open_folder(source).spec
+    for name, entry in open_folder(tmp_path / "back").weights.items():
+        assert read_raw(entry).tobytes() == read_raw(open_folder(source).weights[name]).tobytes()
+
+
+def openmose(name: str) -> str:
+    """A name of ours as the published map has it, written down again."""
+    pairs = [("model.layers.", "blocks."), ("self_attn.", "att."), ("mlp.", "ffn."), ("gate_proj", "gate"), ("up_proj", "up")]
+    pairs += [("down_proj", "down"), ("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2"), ("r_norm", "ln_r")]
+    pairs += [("q_norm", "ln_r"), ("k_norm", "ln_k"), ("model.norm", "ln_out"), ("model.embed_tokens", "emb"), ("lm_head", "head")]
+    for ours, theirs in pairs:
+        name = name.replace(ours, theirs)
+    return name
+
+
+@pytest.mark.parametrize("large", [7, 5000])
+def test_archive_of_more_than_four_gigabytes_has_the_fields_of_zip64(large: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pth, "ZIP64", large)  # as if every larger size and place did not fit into 32 bits
+    source = make(tmp_path, "qwen3", "F32")
+    convert(source, tmp_path / "model.pth", "pth", allow_nonfinite=True, say=lambda text: None)
+    with zipfile.ZipFile(tmp_path / "model.pth") as archive:
+        assert archive.testzip() is None and len(archive.namelist()) == 3 + len(open_folder(source).weights)
+    reading = Reading(str(source))
+    convert(tmp_path / "model.pth", tmp_path / "back", "hf", reading=reading, allow_nonfinite=True, say=lambda text: None)
+    for name, entry in open_folder(tmp_path / "back").weights.items():
+        assert read_raw(entry).tobytes() == read_raw(open_folder(source).weights[name]).tobytes()

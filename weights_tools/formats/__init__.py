@@ -6,10 +6,12 @@ from radlads.errors import fail
 from radlads.files import open_regular
 from radlads.folder import CONFIG
 from radlads.tensors import INDEX, SINGLE
-from radlads.weights_tools.formats import gguf, hf, mlx
+from radlads.weights_tools.formats import gguf, hf, mlx, pth
 from radlads.weights_tools.formats.format import Format, Reading, Source
+from radlads.weights_tools.formats.gguf_file import MAGIC
+from radlads.weights_tools.formats.pth_file import ZIP
 
-FORMATS: dict[str, Format] = {module.NAME: module for module in (hf, mlx, gguf)}  # type: ignore[misc]
+FORMATS: dict[str, Format] = {module.NAME: module for module in (hf, mlx, pth, gguf)}  # type: ignore[misc]
 
 
 def recognise(path: Path) -> tuple[str, Path]:
@@ -21,9 +23,9 @@ def recognise(path: Path) -> tuple[str, Path]:
         return only_file(path)
     with open_regular(path) as file:
         start = file.read(8)
-    if start.startswith(b"GGUF"):
+    if start.startswith(MAGIC):
         return "gguf", path
-    if start.startswith(b"PK\\x03\\x04"):
+    if start.startswith(ZIP):
         return "pth", path
     why = "it is neither a GGUF file nor a zip of PyTorch's"
     raise fail("R201", where=path, why=why, fix="Give a model folder, a .gguf or a .pth file")

@@ -33,9 +33,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the user says about the input: settings of another file, and the era of an RAD-RWKV7 file."""
+    """What the user says about the input: a folder or file with its config, and the era of an RAD-RWKV7 model."""
 
-    config: dict[str, Any] | None = None
+    config: str | None = None
     variant: str | None = None
 
 

@@ -28,7 +28,7 @@ NAME = "hf"
 
 def read(path: Path, reading: Reading) -> Source:
     """A model folder with float weights; R2xx where it is broken."""
-    folder = open_folder(path)
+    folder = open_folder(path, variant=reading.variant, config_from=reading.config)
     kind = folder.config.get("model_type", "")
     rows = [StoredTensor(name, entry.dtype, entry.shape, entry.path.name) for name, entry in folder.weights.items()]
     return Source(
@@ -42,7 +42,7 @@ def read(path: Path, reading: Reading) -> Source:
         config=folder.config,
         files=companions(folder),
         manifest=folder.manifest,
-        notices=tuple(getattr(folder, "notices", ())),
+        notices=folder.notices,
     )
 
 
