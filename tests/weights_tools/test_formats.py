@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "rwkv7": {"family": "qwen3", "arch": "rwkv7", "keep_softmax": (1,)},
     "hxa079": {"family": "qwen3", "arch": "hxa079", "keep_softmax": (1,)},
     "llama": {"family": "llama"},
+    "mistral": {"family": "mistral"},
     "qwen2": {"family": "qwen2", "tie_embeddings": True},
     "qwen3": {"family": "qwen3"},
 }

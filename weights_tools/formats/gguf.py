@@ -38,7 +38,8 @@ from radlads.weights_tools.rules import Rule, to_ours, to_theirs
 
 NAME = "gguf"
 RWKV6 = "rwkv6qwen2"
-TEACHERS = ("llama", "qwen2", "qwen3")
+# Architecture of each teacher family that is read and written.
+TEACHERS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 BLOCKS = {name: (values, nbytes) for name, values, nbytes in TYPES.values()}
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -58,8 +59,9 @@ def read(path: Path, reading: Reading) -> Source:
     file = read_gguf(path)
     meta: dict[str, Any] = file.metadata
     arch = meta.get("general.architecture")
-    if arch not in (*TEACHERS, RWKV6):
-        known = ", ".join((*TEACHERS, RWKV6))
+    architectures = (*dict.fromkeys(TEACHERS.values()), RWKV6)
+    if arch not in architectures:
+        known = ", ".join(architectures)
         raise fail("R205", where=path, why=f"its architecture is {arch!r}; known: {known}", fix="Use another file")
     notices: list[str] = []
     spec, config = described(path, file, arch, notices)
@@ -271,7 +273,7 @@ def plan(source: Source, writing: Writing, key: str) -> Output:
 def obstacles(spec: ModelSpec) -> list[str]:
     """Why llama.cpp could not run the model; empty if it can."""
     if spec.recurrent is None:
-        return []
+        return [] if spec.family in TEACHERS else [f"teachers of the family {spec.family} are not written"]
     flags = spec.mixer
     found = {
         f"llama.cpp has no architecture with the {spec.recurrent} mixer, only RAD-RWKV6": spec.recurrent != "rwkv6",
@@ -298,7 +300,7 @@ def precise(name: str, tensor: Lazy) -> bool:
 def metadata(source: Source, ours: Mapping[str, Lazy], dtype: str) -> dict[str, Any]:
     """Everything but the tokenizer: llama.cpp's keys, and ours by which nothing is lost on the way back."""
     spec = source.spec
-    arch = RWKV6 if spec.recurrent else spec.family
+    arch = RWKV6 if spec.recurrent else TEACHERS[spec.family]
     keys: dict[str, Any] = {
         "context_length": 1048576 if spec.recurrent else spec.max_positions,
         "embedding_length": spec.D,

@@ -80,7 +80,7 @@ def frame_rules() -> list[Rule]:
 
 def teacher_rules(spec: ModelSpec) -> list[Rule]:
     """llama, qwen2 and qwen3."""
-    turned = spec.family == "llama"
+    turned = spec.family in ("llama", "mistral")
     q, k = (turned_heads(spec.H), turned_heads(spec.Hkv)) if turned else (SAME, SAME)
     return [
         *frame_rules(),
