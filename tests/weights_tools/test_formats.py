@@ -250,7 +250,8 @@ def openmose(name: str) -> str:
     """A name of ours as the published map has it, written down again."""
     pairs = [("model.layers.", "blocks."), ("self_attn.", "att."), ("mlp.", "ffn."), ("gate_proj", "gate"), ("up_proj", "up")]
     pairs += [("down_proj", "down"), ("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2"), ("r_norm", "ln_r")]
-    pairs += [("q_norm", "ln_r"), ("k_norm", "ln_k"), ("model.norm", "ln_out"), ("model.embed_tokens", "emb"), ("lm_head", "head")]
+    pairs += [("q_norm", "ln_r"), ("k_norm", "ln_k"), ("model.norm", "ln_out"), ("model.embed_tokens", "emb")]
+    pairs += [("lm_head", "head")]
     for ours, theirs in pairs:
         name = name.replace(ours, theirs)
     return name
