@@ -84,6 +84,7 @@ class ModelSpec:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
+        check_rope(self.rope_scaling, self.head_dim)
         if not self.mixers:
             object.__setattr__(self, "mixers", ("softmax",) * self.num_layers)
         if len(self.mixers) != self.num_layers:
@@ -226,6 +227,33 @@ class ModelSpec:
             return cls(**values)
         except TypeError as error:
             raise ValueError(str(error)) from None
+
+
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def check_rope(scaling: Any, head_dim: int) -> None:
+    """ValueError unless `scaling` is None or a known kind with all its numbers."""
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+    if kind not in ROPE_NUMBERS:
+        raise ValueError(f"rope_scaling {kind!r} is none of {', '.join(ROPE_NUMBERS)}")
+    lists = ("short_factor", "long_factor") if kind == "longrope" else ()
+    for name in (*ROPE_NUMBERS[kind], *lists):
+        values = scaling.get(name)
+        numbers = values if name in lists and isinstance(values, list | tuple) and len(values) == head_dim // 2 else [values]
+        if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in numbers):
+            raise ValueError(f"rope_scaling {kind} needs positive {name}, got {values!r}")
+        if name in lists and len(numbers) != head_dim // 2:
+            raise ValueError(f"rope_scaling {kind} needs {head_dim // 2} numbers of {name}")
 
 
 def _product(shape: tuple[int, ...]) -> int:

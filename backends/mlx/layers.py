@@ -3,13 +3,13 @@ in a recurrent layer's cache.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
-from radlads.positions import inverse_frequencies
+from radlads.positions import inverse_frequencies, rope_amplitude, rope_depends_on_length, rope_length
 from radlads.spec import ModelSpec
 
 # Slots of the cache (mlx_lm's ArraysCache) of a recurrent layer.
@@ -46,7 +46,8 @@ class Projections(nn.Module):
             setattr(self, names.q_norm, nn.RMSNorm(spec.N, spec.rms_norm_eps))
             setattr(self, names.k_norm, nn.RMSNorm(spec.N, spec.rms_norm_eps))
         # The underscore keeps it out of the module's parameters.
-        self._periods = mx.array([1 / frequency for frequency in inverse_frequencies(spec)], mx.float32)
+        self._periods = (0, rope_periods(spec, 0))
+        self._amplitude = rope_amplitude(spec)
 
     def project(self, x_q: mx.array, x_k: mx.array, x_v: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Inputs (B, T, D) to q (B, T, H, N) and k, v (B, T, Hkv, N), q and k normed where the teacher does."""
@@ -64,7 +65,19 @@ class Projections(nn.Module):
 
     def rotate(self, x: mx.array, first: int | mx.array) -> mx.array:
         """S.3 on x (B, heads, T, N); `first` is the position of the first column, one number or one per row (B,)."""
-        return mx.fast.rope(x, self.spec.N, traditional=False, base=None, scale=1.0, offset=first, freqs=self._periods)
+        if rope_depends_on_length(self.spec):
+            last = cast(int, first.max().item()) if isinstance(first, mx.array) else first
+            length = rope_length(self.spec, last + x.shape[2])
+            if length != self._periods[0]:
+                self._periods = (length, rope_periods(self.spec, length))
+        if self._amplitude != 1.0:
+            x = x * self._amplitude
+        return mx.fast.rope(x, self.spec.N, traditional=False, base=None, scale=1.0, offset=first, freqs=self._periods[1])
+
+
+def rope_periods(spec: ModelSpec, length: int) -> mx.array:
+    """What mx.fast.rope calls freqs: the inverse of each pair's frequency."""
+    return mx.array([1 / frequency for frequency in inverse_frequencies(spec, length)], mx.float32)
 
 
 class RecurrentProjections(Projections):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
-from radlads.positions import inverse_frequencies
+from radlads.positions import inverse_frequencies, rope_amplitude, rope_depends_on_length, rope_length
 from radlads.spec import ModelSpec
 
 # 7.2, H.2: no decay is stronger than exp(-exp(-1/2)) per token.
@@ -50,15 +50,23 @@ class Rotary(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.frequencies: dict[torch.device, Tensor] = {}
+        self.amplitude = rope_amplitude(spec)
+        self.frequencies: dict[torch.device, tuple[int, Tensor]] = {}
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B, T) to cos, sin (B, T, 1, N/2), computed in float32 and cast to `dtype`."""
-        device = positions.device
-        if device not in self.frequencies:
-            self.frequencies[device] = torch.tensor(inverse_frequencies(self.spec), dtype=torch.float32, device=device)
-        angles = (positions[..., None].float() * self.frequencies[device])[:, :, None, :]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = (positions[..., None].float() * self.at(positions))[:, :, None, :]
+        return (self.amplitude * angles.cos()).to(dtype), (self.amplitude * angles.sin()).to(dtype)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """The frequencies (N/2,) for these positions; where they depend on the longest one, the device is waited for."""
+        length = rope_length(self.spec, int(positions.max()) + 1) if rope_depends_on_length(self.spec) else 0
+        known = self.frequencies.get(positions.device)
+        if known is None or known[0] != length:
+            values = inverse_frequencies(self.spec, length)
+            known = length, torch.tensor(values, dtype=torch.float32, device=positions.device)
+            self.frequencies[positions.device] = known
+        return known[1]
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:

@@ -5,7 +5,9 @@ from typing import Any
 from radlads.errors import RadladsError, fail
 from radlads.spec import ModelSpec
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+DEFAULT_THETA = 10000.0  # of every family, where a config has none
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor")
 MISSING = object()
 
 
@@ -38,26 +40,51 @@ def flag(config: dict[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def rope(config: dict[str, Any], default_theta: float) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling): transformers 5 writes `rope_parameters`, older files `rope_theta` and `rope_scaling`."""
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(nested, dict):
+def rope(config: dict[str, Any], head_dim: int) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling): transformers 5 writes `rope_parameters`, older files `rope_theta` and `rope_scaling`, which wins.
+
+    The scaling holds every number that radlads.positions needs, defaults included.
+    """
+    tables = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
+    if not all(isinstance(table, dict) for table in tables):
         raise wrong("rope_parameters", "it is no table of settings")
-    theta = number(nested, "rope_theta", number(config, "rope_theta", default_theta))
+    nested = tables[0] or tables[1]
+    theta = number({**tables[1], **tables[0]}, "rope_theta", number(config, "rope_theta", DEFAULT_THETA))
+    if nested.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise unsupported("partial_rotary_factor", "rotary positions on a part of each head are not supported")
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind not in ROPE_KINDS:
-        known = ", ".join(ROPE_KINDS)
-        raise unsupported("rope_type", f"{kind!r} is not supported; known: {known}")
-    if kind == "default":
-        return theta, None
-    ramp = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    needed = {"linear": ("factor",), "llama3": ("factor", *ramp)}
-    scaling: dict[str, Any] = {"rope_type": kind}
-    for key in needed[kind]:
+        raise unsupported("rope_type", f"{kind!r} is not supported; known: {', '.join(ROPE_KINDS)}")
+    return theta, None if kind == "default" else {"rope_type": kind, **rope_numbers(config, nested, kind, head_dim)}
+
+
+def rope_numbers(config: dict[str, Any], nested: dict[str, Any], kind: str, head_dim: int) -> dict[str, Any]:
+    """The settings of one kind of scaling, checked."""
+    found: dict[str, Any] = {}
+    if kind in ("llama3", "yarn", "longrope"):
+        longest = positive_int(config, "max_position_embeddings", 32768)
+        original = number(nested, "original_max_position_embeddings", longest)
+        found["original_max_position_embeddings"] = number(config, "original_max_position_embeddings", original)
+        # Where no factor is given, it is the growth of the context.
+        growth = longest / found["original_max_position_embeddings"]
+    if kind in ("yarn", "longrope"):
+        found["factor"] = number(nested, "factor", growth)
+        found |= {key: number(nested, key, 1.0) for key in ("attention_factor",) if nested.get(key) is not None}
+    for key in {"linear": ("factor",), "dynamic": ("factor",), "llama3": LLAMA3_KEYS}.get(kind, ()):
         if key not in nested:
             raise missing(f"rope {key}")
-        scaling[key] = number(nested, key, 1.0)
-    return theta, scaling
+        found[key] = number(nested, key, 1.0)
+    if kind == "yarn":
+        keys = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        found |= {key: number(nested, key, 1.0) for key in keys if nested.get(key)}
+        found["truncate"] = flag(nested, "truncate", True)
+    if kind == "longrope":
+        for key in ("short_factor", "long_factor"):
+            values = nested.get(key)
+            if not isinstance(values, list) or len(values) != head_dim // 2:
+                raise wrong(f"rope {key}", f"it must be a list of {head_dim // 2} numbers, one for each pair of a head")
+            found[key] = [number({key: value}, key, 1.0) for value in values]
+    return found
 
 
 def missing(key: str) -> RadladsError:
@@ -76,7 +103,7 @@ def unsupported(key: str, why: str) -> RadladsError:
 
 
 def read_common(
-    config: dict[str, Any], family: str, *, theta: float = 10000.0, head_dim: int | None = None, kv_heads: int | None = None
+    config: dict[str, Any], family: str, *, head_dim: int | None = None, kv_heads: int | None = None
 ) -> dict[str, Any]:
     """Fields of ModelSpec that have the same keys in every family; the numbers are what the family's own class defaults to."""
     if config.get("hidden_act", "silu") != "silu":
@@ -86,7 +113,8 @@ def read_common(
     if config.get("quantization_config") or config.get("quantization"):
         raise unsupported("quantization", "the weights are quantised and a float teacher is needed")
     hidden, heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
-    rope_theta, rope_scaling = rope(config, theta)
+    size = positive_int(config, "head_dim", head_dim or max(1, hidden // heads))
+    rope_theta, rope_scaling = rope(config, size)
     return {
         "family": family,
         "hidden_size": hidden,
@@ -94,7 +122,7 @@ def read_common(
         "num_layers": positive_int(config, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": positive_int(config, "num_key_value_heads", kv_heads or heads),
-        "head_dim": positive_int(config, "head_dim", head_dim or max(1, hidden // heads)),
+        "head_dim": size,
         "vocab_size": positive_int(config, "vocab_size"),
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-6),
         "rope_theta": rope_theta,

@@ -11,7 +11,7 @@ ARCHITECTURE = "Qwen2ForCausalLM"
 
 def read(config: dict[str, Any]) -> ModelSpec:
     """ModelSpec of a Qwen2 config."""
-    return build_spec({**read_common(config, FAMILY, theta=1e6), "qkv_bias": True})
+    return build_spec({**read_common(config, FAMILY), "qkv_bias": True})
 
 
 def write(spec: ModelSpec) -> dict[str, Any]:

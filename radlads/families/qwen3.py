@@ -12,7 +12,7 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 def read(config: dict[str, Any]) -> ModelSpec:
     """ModelSpec of a Qwen3 config."""
     bias = flag(config, "attention_bias", False)
-    common = read_common(config, FAMILY, theta=1e6, head_dim=128)
+    common = read_common(config, FAMILY, head_dim=128)
     return build_spec({**common, "qkv_bias": bias, "output_bias": bias, "qk_norm": True})
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from radlads.positions import inverse_frequencies
+from radlads.positions import inverse_frequencies, rope_amplitude, rope_length
 from radlads.spec import ModelSpec
 
 Array = npt.NDArray[np.float64]
@@ -35,9 +35,10 @@ def sigmoid(x: Array) -> Array:
 
 def rotate(x: Array, spec: ModelSpec, start: int) -> Array:
     """S.3: rotary positions on x (T, heads, N), the first row at position `start`."""
-    angles = np.outer(np.arange(start, start + len(x)), inverse_frequencies(spec))[:, None, :]
+    frequencies = inverse_frequencies(spec, rope_length(spec, start + len(x)))
+    angles = np.outer(np.arange(start, start + len(x)), frequencies)[:, None, :]
     first, second = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angles), np.sin(angles)
+    cos, sin = rope_amplitude(spec) * np.cos(angles), rope_amplitude(spec) * np.sin(angles)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 

@@ -18,7 +18,7 @@ from radlads.backends.mlx.load import load_model
 from radlads.backends.mlx.model import Model, ModelArgs
 from radlads.errors import RadladsError
 from radlads.folder import open_folder, save_folder
-from radlads.oracle import oracle_logits
+from radlads.oracle import OracleState, oracle_logits
 from radlads.spec import ModelSpec
 from radlads.tensors import encode
 from radlads.weights_tools.standalone import model_files
@@ -96,6 +96,31 @@ def test_logits_equal_the_oracle_at_once_and_in_any_parts(name):
     for first, end in ((0, 1), (1, 2), (2, 40), (40, 41), (41, 70)):
         parts.append(model(mx.array(tokens[first:end])[None], cache)[0])
     assert relative(mx.concatenate(parts), expected) <= 1e-5
+
+
+LONG = {
+    "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0],
+}  # fmt: skip
+SCALINGS = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": LONG,
+    "linear": {"rope_type": "linear", "factor": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_rope_scalings_equal_the_oracle_below_and_beyond_the_context(name):
+    spec = replace(SPECS["rwkv7 hybrid"], rope_scaling=SCALINGS[name], max_positions=32)
+    spec = replace(spec, mixer=replace(spec.mixer, rope=True))
+    _, weights = build("rwkv7 hybrid")
+    model = Model(ModelArgs(radlads=spec.to_dict()))
+    model.load_weights([(key, mx.array(x.astype(np.float32))) for key, x in weights.items()], strict=True)
+    tokens, state, cache = tokens_of(50), OracleState(spec), model.make_cache()
+    for part in (tokens[:20], tokens[20:30], tokens[30:31], tokens[31:]):
+        expected = oracle_logits(spec, weights, part, state)
+        assert relative(model(mx.array(part)[None], cache)[0], expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,18 +1,15 @@
 """The torch model against the float64 oracle and against stock transformers."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from radlads.backends.torch.load import load_model
 from radlads.backends.torch.model import Model
-from radlads.folder import open_folder
 from radlads.oracle import OracleState, oracle_logits
 from radlads.spec import ModelSpec
-from tests.models import tiny_spec, tiny_teacher
+from tests.models import tiny_spec
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -137,36 +134,6 @@ def test_packed_equals_separate_with_gradients(case: Case) -> None:
 def difference(found: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) -> float:
     """Norm of the difference over that of `wanted`."""
     return float((found - wanted).detach().norm()) / max(float(wanted.detach().norm()), floor)
-
-
-@pytest.mark.parametrize(
-    ("family", "flags"),
-    [
-        ("qwen2", {}),
-        ("qwen2", {"tie_embeddings": True, "head_dim": 16}),
-        ("qwen3", {}),
-        ("qwen3", {"tie_embeddings": True, "num_kv_heads": 1, "head_dim": 64}),
-        ("qwen3", {"qkv_bias": True, "output_bias": True}),
-        ("llama", {"rope_scaling": LLAMA3}),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "num_kv_heads": 4}),
-        ("llama", {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "tie_embeddings": True}),
-        ("mistral", {"head_dim": 24}),
-        ("seed_oss", {"num_heads": 10, "mlp_bias": True, "output_bias": True}),
-    ],
-)
-@torch.no_grad()
-def test_teacher_equals_stock_transformers(tmp_path: Path, family: str, flags: dict[str, object]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    path = tiny_teacher(tmp_path / "teacher", family, **flags)
-    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model = load_model(open_folder(path))
-    tokens = torch.randint(0, 300, (2, 50), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(tokens)
-    assert (model(tokens)[0] - stock(tokens).logits).abs().max() <= 1e-5
-    mask[0, :11] = 0
-    padded = stock(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    assert (model(tokens, None, mask.bool())[0][0, 11:] - padded[0, 11:]).abs().max() <= 1e-5
 
 
 def test_bfloat16_keeps_the_state_in_float32() -> None:

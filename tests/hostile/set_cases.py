@@ -120,7 +120,7 @@ CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "vocab too large": ({"vocab_size": 301}, "R203"),
     "huge hidden": ({"hidden_size": 2**31 - 1}, "R203"),
     "tied as text": ({"tie_word_embeddings": "no"}, "R204"),
-    "unknown rope": ({"rope_parameters": {"rope_type": "yarn"}}, "R205"),
+    "unknown rope": ({"rope_parameters": {"rope_type": "su"}}, "R205"),
     "rope a list": ({"rope_parameters": [1]}, "R204"),
     "theta zero": ({"rope_parameters": {"rope_theta": 0}}, "R204"),
     "eps text": ({"rms_norm_eps": "1e-6"}, "R204"),
