@@ -178,7 +178,8 @@ class Stage(Part):
     ("stream"), the same with the state begun anew at every document ("reset"), or one document, padded ("document").
     `loss` of an align stage: the paper's norm of the difference, or its mean square. `train` names the weights that learn:
     the mixers, all, all but embedding, head and last norm ("layers"), or the decay and what leads to it (step 3a).
-    `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage.
+    `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage. The loss of step 2 is
+    kl_weight * divergence(teacher, student) + ce_weight * cross-entropy; `jsd_beta` is the teacher's share of the mixture.
     """
 
     kind: Literal["align", "distill", "lm"]
@@ -199,6 +200,8 @@ class Stage(Part):
     eps: Annotated[Number, Field(gt=0, lt=1)] = 1e-8
     weight_decay: Rate = 0.0
     clip: Rate = 1.0
+    divergence: Literal["kl", "reverse_kl", "jsd"] = "kl"
+    jsd_beta: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     kl_weight: Rate = 1.0
     ce_weight: Rate = 0.0
     temperature: Annotated[Number, Field(gt=0, lt=1e6)] = 1.0

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radlads.backends.torch.load import load_model
+from radlads.backends.torch.losses import IGNORED
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.objectives import IGNORED, unpack
+from radlads.backends.torch.objectives import unpack
 from radlads.folder import ModelFolder
 
 # Sequences per forward pass while measuring.

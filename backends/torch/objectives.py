@@ -6,15 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from radlads.backends.torch.losses import distillation_loss, language_model_loss
+from radlads.backends.torch.losses import IGNORED, TeacherHead, distillation_loss, language_model_loss
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import empty_state
 from radlads.data.samples import FIRST, PAD, SILENT, TOKEN
 from radlads.mixers import MIXERS
 from radlads.recipe import Stage
-
-# Label of a token that does not count, as in torch.nn.functional.cross_entropy.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,23 @@ def objective(stage: Stage, student: Model, teacher: Model | None, sample: Tenso
         errors = alignment_errors(student, teacher, tokens, loss=stage.loss, real=real, cu_seqlens=cu_seqlens)
         return Objective(errors.mean(), errors.detach())
     hidden, _ = student.model(tokens, cu_seqlens=cu_seqlens)
-    counted = labels != IGNORED
-    if not counted.any():
-        return Objective(0.0 * hidden.sum())
     if stage.kind == "lm":
-        return Objective(language_model_loss(hidden[counted][None], student.head, labels[counted][None]))
+        return Objective(language_model_loss(hidden, student.head, labels))
     assert teacher is not None
     with torch.no_grad():
         teacher_hidden, _ = teacher.model(tokens, cu_seqlens=cu_seqlens)
-    weights = {"temperature": stage.temperature, "kl_weight": stage.kl_weight, "ce_weight": stage.ce_weight}
-    own, wanted, labels = hidden[counted][None], teacher_hidden[counted][None], labels[counted][None]
-    return Objective(distillation_loss(own, student.head, wanted, teacher.head, labels, **weights))
+    loss = distillation_loss(
+        hidden,
+        student.head,
+        TeacherHead(teacher_hidden, teacher.head),
+        labels,
+        divergence=stage.divergence,
+        beta=stage.jsd_beta,
+        temperature=stage.temperature,
+        kl_weight=stage.kl_weight,
+        ce_weight=stage.ce_weight,
+    )
+    return Objective(loss)
 
 
 def alignment_errors(
