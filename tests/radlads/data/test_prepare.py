@@ -3,16 +3,23 @@
 import gzip
 import json
 import lzma
+import os
+import subprocess
+import sys
+import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from radlads.data import documents
 from radlads.data.prepare import prepare
 from radlads.data.store import TokenStore
 from radlads.errors import RadladsError
+from radlads.tokenizer import Tokenizer
+from tests.models import tiny_teacher
 
 EOS = 256
 
@@ -254,3 +261,117 @@ def test_batches_of_texts_are_used_where_the_tokenizer_has_them(tmp_path: Path) 
 
     store = prepare([file(tmp_path, "a.txt", "a<|endoftext|>b")], Batched(), tmp_path / "store", eos_id=EOS)
     assert texts(store) == ["A", "B"]
+
+
+def corpus(folder: Path, lines: int = 400) -> Path:
+    """A text of many documents for a real tokenizer."""
+    return file(
+        folder, "many.jsonl", "".join(json.dumps({"text": f"story {n}: " + "the cat " * (n % 40)}) + "\n" for n in range(lines))
+    )
+
+
+def test_shards_do_not_depend_on_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radlads.data.prepare.UNIT", 20_000)
+    source, tokenizer = corpus(tmp_path), Tokenizer(tiny_teacher(tmp_path / "teacher"))
+    stores = [prepare([source], tokenizer, tmp_path / str(n), eos_id=0, processes=n) for n in (1, 2)]
+    one, two = (store.header for store in stores)
+    assert one == two and len(one["shards"]) > 2
+    monkeypatch.setattr("radlads.data.prepare.UNIT", 1 << 30)
+    whole = prepare([source], tokenizer, tmp_path / "whole", eos_id=0)
+    assert len(whole.header["shards"]) == 1
+    assert np.array_equal(whole.tokens, stores[0].tokens)
+    assert np.array_equal(whole.document_starts(), stores[0].document_starts())
+    assert [whole.read(a, a + 100)[0].tolist() for a in (0, 777, 9001)] == [
+        stores[1].read(a, a + 100)[0].tolist() for a in (0, 777, 9001)
+    ]
+
+
+def test_an_error_in_another_process_arrives_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "assistant", "content": "x"}]}\n')
+    teacher = tiny_teacher(tmp_path / "teacher")
+    (teacher / "chat_template.jinja").unlink()
+    with pytest.raises(RadladsError, match=r"R206.*a.jsonl:1.*no chat template"):
+        prepare([tmp_path / "a.jsonl"], Tokenizer(teacher), tmp_path / "store", eos_id=0, processes=2)
+
+
+def test_work_goes_on_after_a_failure_and_a_corrected_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radlads.data.prepare.UNIT", 5000)
+    lines = [json.dumps({"text": f"document {n} " * 20}) for n in range(100)]
+    source, tokenizer = file(tmp_path, "a.jsonl", "\n".join([*lines, "{"])), Bytes()
+    with pytest.raises(RadladsError, match="a.jsonl:101"):
+        prepared_with(tokenizer, tmp_path, source)
+    done = tokenizer.calls
+    assert done > 60 and not (tmp_path / "store").exists()
+    file(tmp_path, "a.jsonl", "\n".join([*lines, '{"text": "the end"}']))
+    store = prepared_with(tokenizer, tmp_path, source)
+    assert tokenizer.calls - done < 30
+    assert not list(tmp_path.glob(".store*"))
+    assert np.array_equal(store.tokens, prepare([source], Bytes(), tmp_path / "fresh", eos_id=EOS).tokens)
+
+
+def prepared_with(tokenizer: Bytes, folder: Path, source: Path) -> TokenStore:
+    return prepare([source], tokenizer, folder / "store", eos_id=EOS)
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_store(tmp_path: Path) -> None:
+    source, teacher = corpus(tmp_path, 3000), tiny_teacher(tmp_path / "teacher")
+    code = (
+        "import sys, radlads.data.prepare as p; from radlads.tokenizer import Tokenizer; p.UNIT = 20_000;"
+        "p.prepare([sys.argv[1]], Tokenizer(sys.argv[2]), sys.argv[3], eos_id=0, processes=2)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [
+        sys.executable,
+        "-c",
+        f"if __name__ == '__main__':\n exec({code!r})",
+        str(source),
+        str(teacher),
+        str(tmp_path / "out"),
+    ]
+    journal = tmp_path / ".out.work" / "journal.jsonl"
+    for lines in (3, 12):
+        process = subprocess.Popen(command, env=environment)
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until:
+            if journal.is_file() and len(journal.read_bytes().splitlines()) >= lines:
+                break
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "out").exists(), "finished before it was killed"
+    kept = len(journal.read_bytes().splitlines()) - 1
+    assert kept >= 11
+    assert subprocess.run(command, env=environment, timeout=120).returncode == 0
+    assert not list(tmp_path.glob(".out*"))
+    fresh = prepare([source], Tokenizer(teacher), tmp_path / "fresh", eos_id=0)
+    assert np.array_equal(TokenStore(tmp_path / "out").tokens, fresh.tokens)
+
+
+def test_a_shard_with_other_contents_is_refused(tmp_path: Path) -> None:
+    store = prepared(tmp_path, file(tmp_path, "a.txt", "some text here"))
+    shard = store.shards[0]
+    data = shard.read_bytes()
+    tokens = pa.ListArray.from_arrays(pa.array([0, 2]), pa.array([1, 2], pa.uint16()))
+    for columns, told in (
+        ({"tokens": tokens, "last": pa.array([True])}, "another number of tokens"),
+        ({"tokens": pa.array([[1, None]], pa.list_(pa.uint16())), "last": pa.array([True])}, ""),
+        ({"tokens": pa.array([[1.0]]), "last": pa.array([True])}, "columns"),
+        ({"other": pa.array([1])}, ""),
+        (None, ""),
+    ):
+        if columns is None:
+            shard.write_bytes(data[:40] + bytes(len(data) - 40))
+        else:
+            with shard.open("wb") as sink, pa.ipc.new_file(sink, pa.table(columns).schema) as writer:
+                writer.write_table(pa.table(columns))
+        header = {**store.header, "shards": [{**store.header["shards"][0], "bytes": shard.stat().st_size, "sha256": told}]}
+        (store.path / "store.json").write_text(json.dumps(header))
+        with pytest.raises(RadladsError, match=f"R301.*{told}"):
+            TokenStore(store.path).read(0, 3)
+
+
+def test_a_store_whose_tokens_pass_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    store = prepared(tmp_path, file(tmp_path, "a.txt", "zzz"))
+    (store.path / "store.json").write_text(json.dumps({**store.header, "vocab_size": 100}))
+    with pytest.raises(RadladsError, match="token 256"):
+        TokenStore(store.path).read(0, len(store))
