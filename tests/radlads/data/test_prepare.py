@@ -298,7 +298,7 @@ def test_work_goes_on_after_a_failure_and_a_corrected_line(tmp_path: Path, monke
     monkeypatch.setattr("radlads.data.prepare.UNIT", 5000)
     lines = [json.dumps({"text": f"document {n} " * 20}) for n in range(100)]
     source, tokenizer = file(tmp_path, "a.jsonl", "\n".join([*lines, "{"])), Bytes()
-    with pytest.raises(RadladsError, match="a.jsonl:101"):
+    with pytest.raises(RadladsError, match=r"a\.jsonl:101"):
         prepared_with(tokenizer, tmp_path, source)
     done = tokenizer.calls
     assert done > 60 and not (tmp_path / "store").exists()
