@@ -133,30 +133,30 @@ def draw_layers(records: Sequence[Record]) -> Figure | None:
 def draw_positions(records: Sequence[Record]) -> Figure | None:
     """KL from teacher to student at each position of the context, one line for each stage."""
     latest = {
-        r["stage"]: numbers(r.get("kl_by_position"))
+        r["stage"]: (numbers(r.get("kl_by_position")), r.get("kl_stretch", 1))
         for r in records
         if r.get("kind") == "eval" and isinstance(r.get("stage"), int) and r["stage"] in STAGE_NAME
     }
-    curves = {stage: kl for stage, kl in sorted(latest.items()) if kl is not None and len(kl) > 1}
+    curves = {stage: (kl, n) for stage, (kl, n) in sorted(latest.items()) if kl is not None and len(kl) > 1 and number(n) and n > 0}
     if not curves:
         return None
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     ends = []
-    for stage, kl in curves.items():
+    for stage, (kl, stretch) in curves.items():
         x, y = pooled(kl)
         colour = STAGE_COLOUR[stage]
         if len(x) < len(kl):
-            axes.plot(np.arange(1, len(kl) + 1), kl, color=colour, alpha=0.18, linewidth=0.7)
-        axes.plot(x, y, color=colour, linewidth=2.2)
+            axes.plot(np.arange(1, len(kl) + 1) * stretch, kl, color=colour, alpha=0.18, linewidth=0.7)
+        axes.plot(x * stretch, y, color=colour, linewidth=2.2)
         ends.append((float(y[-1]), STAGE_NAME[stage] if stage == 0 else f"after {STAGE_NAME[stage]}", colour))
     axes.set_title("Distance to the teacher along the context")
     axes.set_xlabel("position in the context, tokens")
     axes.set_ylabel("KL(teacher ‖ student), nats per token")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlim(1, max(len(kl) for kl in curves.values()))
-    value_axis(axes, np.concatenate([pooled(kl)[1] for kl in curves.values()]))
+    axes.set_xlim(1, max(len(kl) * stretch for kl, stretch in curves.values()))
+    value_axis(axes, np.concatenate([pooled(kl)[1] for kl, _ in curves.values()]))
     label_ends(figure, axes, ends)
     return figure
 

@@ -15,15 +15,16 @@ from radlads.folder import ModelFolder
 
 # Sequences per forward pass while measuring.
 ROWS = 16
-# Points of the curve of KL by position.
-POSITIONS = 32
+# Points of the curve of KL by position, at most; each stands for an equal stretch of the context.
+POSITIONS = 1024
 
 
 @torch.no_grad()
 def evaluate(model: Model, samples: Tensor, teacher: Model | None = None) -> dict[str, object]:
     """Loss and, with a teacher, KL(teacher || model), next-token agreement and KL by position on samples (n, T + 1).
 
-    Keys: tokens, loss (nats per token), ppl, kl, agreement (0..1), kl_by_position (mean over equal stretches of the context).
+    Keys: tokens, loss (nats per token), ppl, kl, agreement (0..1), kl_by_position (mean over each stretch of `kl_stretch`
+    tokens of the context).
     """
     loss, kl, agree = 0.0, torch.zeros(samples.shape[1] - 1, dtype=torch.float64), 0
     counts = torch.zeros_like(kl)  # labels that count, by position
@@ -41,12 +42,13 @@ def evaluate(model: Model, samples: Tensor, teacher: Model | None = None) -> dic
     count = max(1, int(counts.sum()))
     result: dict[str, object] = {"tokens": count, "loss": loss / count, "ppl": math.exp(min(loss / count, 80))}
     if teacher is not None:
-        parts = min(POSITIONS, len(kl))
+        stretch = -(-len(kl) // POSITIONS)
         by_position = [
             float(part.sum() / number.sum().clamp(min=1))
-            for part, number in zip(kl.tensor_split(parts), counts.tensor_split(parts), strict=True)
+            for part, number in zip(kl.split(stretch), counts.split(stretch), strict=True)
         ]
-        result |= {"kl": float(kl.sum()) / count, "agreement": agree / count, "kl_by_position": by_position}
+        result |= {"kl": float(kl.sum()) / count, "agreement": agree / count}
+        result |= {"kl_by_position": by_position, "kl_stretch": stretch}
     return result
 
 

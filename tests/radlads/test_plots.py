@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from radlads.plots import number, numbers, pooled, running_mean, spread
+from radlads.plots import draw_positions, number, numbers, pooled, running_mean, spread
 
 
 def test_running_mean_of_a_line_is_the_line_where_the_window_is_symmetric() -> None:
@@ -24,6 +24,15 @@ def test_pooling_keeps_the_first_positions_and_averages_the_far_ones() -> None:
     assert centres[:3] == pytest.approx([1, 2, 3]) and means[:3] == pytest.approx([1, 2, 3])
     assert len(centres) <= 40
     assert means[-1] == pytest.approx(np.mean(values[round(2 * means[-1] - 1000) - 1 :]))
+
+
+def test_the_positions_of_a_long_context_are_tokens_not_stretches() -> None:
+    record = {"kind": "eval", "stage": 1, "kl_by_position": [0.4, 0.3, 0.2, 0.1], "kl_stretch": 16}
+    figure = draw_positions([record])
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    assert np.asarray(line.get_xdata()).tolist() == pytest.approx([16, 32, 48, 64])
+    assert figure.axes[0].get_xlim()[1] == 64
 
 
 def test_labels_keep_their_distance_and_their_place() -> None:
