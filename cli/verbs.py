@@ -101,6 +101,19 @@ VERBS = (
         aliases=("show",),
     ),
     Verb(
+        "eval",
+        CHECK,
+        "radlads.cli.evaluate",
+        "EvalOptions",
+        "evaluate",
+        "Measure a model on tasks, held-out text and recall, beside its teacher and with intervals.",
+        (
+            "radlads eval student --data eval --text books.txt --against Qwen3-0.6B",
+            "radlads eval student --tasks arc_easy,hellaswag --limit 500",
+        ),
+        aliases=("evaluate",),
+    ),
+    Verb(
         "recipes ls",
         RUNS,
         "radlads.cli.recipes",

@@ -4,7 +4,7 @@ Only protocols live here; `radlads.backends.open_engine` makes the real thing.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,15 @@ import numpy.typing as npt
 from radlads.spec import ModelSpec
 
 Logits = npt.NDArray[np.float32]
+
+
+class Scored(NamedTuple):
+    """What a model says of each token of a sequence but the first, given those before it."""
+
+    logprobs: npt.NDArray[np.float32]
+    """(T - 1,) log-probability of the token, in nats."""
+    likeliest: npt.NDArray[np.bool_]
+    """(T - 1,) whether no other token was likelier."""
 
 
 class State(Protocol):
@@ -42,6 +51,9 @@ class Engine(Protocol):
 
     def feed(self, state: Any, tokens: Sequence[int]) -> tuple[Logits, Any]:
         """Logits (V,) float32 after the last of `tokens` (at least one), and the new state."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
+        """Score whole sequences (at least one token each), each from an empty state."""
 
     def state_arrays(self, state: Any) -> dict[str, npt.NDArray[Any]]:
         """The state as named arrays, for a state file."""

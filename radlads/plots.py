@@ -137,7 +137,8 @@ def draw_positions(records: Sequence[Record]) -> Figure | None:
         for r in records
         if r.get("kind") == "eval" and isinstance(r.get("stage"), int) and r["stage"] in STAGE_NAME
     }
-    curves = {stage: (kl, n) for stage, (kl, n) in sorted(latest.items()) if kl is not None and len(kl) > 1 and number(n) and n > 0}
+    usable = ((stage, kl, n) for stage, (kl, n) in sorted(latest.items()) if kl is not None and number(n) and n > 0)
+    curves = {stage: (kl, n) for stage, kl, n in usable if len(kl) > 1}
     if not curves:
         return None
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")

@@ -1,10 +1,12 @@
 """An engine without a model: its logits depend on every token fed, so that a wrong state shows at once."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from radlads.engine import Scored
 from radlads.spec import ModelSpec
 from tests.models import tiny_spec
 
@@ -38,6 +40,17 @@ class ToyEngine:
         if self.loud:
             logits[self.loud.pop(0)] = 50.0
         return logits, ToyState(state.position + len(tokens), mixed)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
+        scored = []
+        for tokens in sequences:
+            state, logprobs, likeliest = self.start(), [], []
+            for token, wanted in pairwise(tokens):
+                logits, state = self.feed(state, [token])
+                logprobs.append(logits[wanted] - np.logaddexp.reduce(logits))
+                likeliest.append(int(logits.argmax()) == wanted)
+            scored.append(Scored(np.array(logprobs, np.float32), np.array(likeliest, bool)))
+        return scored
 
     def state_arrays(self, state: ToyState) -> dict[str, np.ndarray]:
         return {"toy": np.array(state)}

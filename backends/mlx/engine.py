@@ -11,6 +11,7 @@ import numpy.typing as npt
 from radlads.backends.mlx.layers import SEEN, SHIFT, WKV
 from radlads.backends.mlx.load import load_model
 from radlads.backends.mlx.model import Model
+from radlads.engine import Scored
 from radlads.errors import fail
 from radlads.folder import ModelFolder
 
@@ -48,12 +49,28 @@ class MlxEngine:
             raise ValueError("no tokens to feed")
         for first in range(0, len(tokens), PREFILL_STEP):
             hidden, state = self._step(state, tokens[first : first + PREFILL_STEP])
-        logits = self.model.head(hidden).astype(mx.float32)
+        logits = self.model.head(hidden[-1]).astype(mx.float32)
         return np.array(logits), state
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
+        """Score whole sequences (at least one token each), one after the other, in steps of bounded memory."""
+        return [self._score(list(tokens)) for tokens in sequences]
+
+    def _score(self, tokens: list[int]) -> Scored:
+        state = self.start()
+        logprobs, likeliest = [np.zeros(0, np.float32)], [np.zeros(0, np.bool_)]
+        for first in range(0, len(tokens) - 1, PREFILL_STEP):
+            wanted = mx.array(tokens[first + 1 : first + 1 + PREFILL_STEP])
+            hidden, state = self._step(state, tokens[first : first + len(wanted)])
+            logits = self.model.head(hidden).astype(mx.float32)
+            chosen = mx.take_along_axis(logits, wanted[:, None], 1)[:, 0] - mx.logsumexp(logits, 1)
+            logprobs.append(np.array(chosen))
+            likeliest.append(np.array(mx.argmax(logits, 1) == wanted))
+        return Scored(np.concatenate(logprobs), np.concatenate(likeliest))
 
     def _step(self, state: MlxState, tokens: Sequence[int]) -> tuple[mx.array, MlxState]:
         caches = self._caches(state)
-        hidden = self.model.model(mx.array(list(tokens))[None], caches)[0, -1]  # (D,)
+        hidden = self.model.model(mx.array(list(tokens))[None], caches)[0]  # (T, D)
         state = MlxState(state.position + len(tokens), tuple(_taken(cache) for cache in caches))
         mx.eval(hidden, state.layers)
         if len(tokens) > 1:

@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from radlads.backends.torch.load import load_model
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import ModelState, empty_state
+from radlads.engine import Scored
 from radlads.errors import fail
 from radlads.folder import ModelFolder
 from radlads.spec import ModelSpec
+
+# Tokens of one forward pass while scoring, and those of them whose logits exist at once.
+SCORED_AT_ONCE, LOGITS_AT_ONCE = 16384, 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,34 @@ class TorchEngine:
         hidden, model_state = self.model.model(torch.tensor([list(tokens)], device=self.device), state.model)
         logits = F.linear(hidden[0, -1], self.model.head).float().cpu().numpy()
         return logits, TorchState(model_state, state.position + len(tokens))
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
+        """Score whole sequences, those of like length together; what pads a row stands after all that is read."""
+        scored: dict[int, Scored] = {}
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
+        while order:
+            width = max(2, len(sequences[order[0]]))
+            rows, order = order[: max(1, SCORED_AT_ONCE // width)], order[max(1, SCORED_AT_ONCE // width) :]
+            tokens = torch.zeros(len(rows), width, dtype=torch.long)
+            for row, index in zip(tokens, rows, strict=True):
+                row[: len(sequences[index])] = torch.tensor(list(sequences[index]))
+            tokens = tokens.to(self.device)
+            hidden, _ = self.model.model(tokens[:, :-1])
+            logprobs, likeliest = self.judge(hidden.flatten(0, 1), tokens[:, 1:].flatten())
+            for row, index in enumerate(rows):
+                part = slice(row * (width - 1), row * (width - 1) + len(sequences[index]) - 1)
+                scored[index] = Scored(logprobs[part], likeliest[part])
+        return [scored[index] for index in range(len(sequences))]
+
+    def judge(self, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Log-probability of each token `wanted` (n,) after the hidden states (n, D), and whether it is the likeliest."""
+        logprobs, likeliest = [], []
+        for rows, ids in zip(hidden.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True):
+            log_p = F.linear(rows, self.model.head).float().log_softmax(-1)
+            logprobs.append(log_p.gather(1, ids[:, None])[:, 0])
+            likeliest.append(log_p.argmax(-1) == ids)
+        return torch.cat(logprobs).cpu().numpy(), torch.cat(likeliest).cpu().numpy()
 
     def state_arrays(self, state: TorchState) -> dict[str, npt.NDArray[Any]]:
         """The state as float32 arrays named `layers.<i>.<name>`, and `position`."""
