@@ -79,7 +79,10 @@ def windows(path: Path, tokenizer: Tokenizer, length: int) -> Iterator[Window]:
         raise fail("R206", where=tokenizer.path, why="it has no token that begins or ends a text", fix="Name one in its config")
     kind_of(path)
     before = begin
-    for text, last in read_documents(path, "text", lambda _: None):
+    for piece in read_documents(path, "text", lambda _: None):
+        text = piece.content
+        if not isinstance(text, str):
+            raise fail("R301", where=piece.where, why="it is a conversation, not a text", fix="Give a text with `--text`")
         ids = tokenizer.encode(text)
         parts = [ids[first : first + length - 1] for first in range(0, len(ids), length - 1)]
         # A character may be cut in two: the windows share the bytes of the text, which are exact.
@@ -88,4 +91,4 @@ def windows(path: Path, tokenizer: Tokenizer, length: int) -> Iterator[Window]:
         for part, share in zip(parts, shares, strict=True):
             yield Window([before, *part], share * scale)
             before = part[-1]
-        before = begin if last else before
+        before = begin if piece.last else before
