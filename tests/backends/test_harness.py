@@ -1,5 +1,6 @@
 """Scores of an engine, and what lm-evaluation-harness makes of them, against stock transformers and single steps."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from radlads.tokenizer import Tokenizer
 from tests.models import tiny_teacher
 
 pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.instance import Instance
 
 TEXTS = ["The cat sat on the mat and looked at the sea", "A house by the sea is a small house", "Once upon a time"]
 
@@ -29,7 +30,7 @@ def test_scores_are_those_of_single_steps(teacher: Path, backend: str) -> None:
     sequences = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [5], list(range(40))]
     for ids, found in zip(sequences, engine.score(sequences), strict=True):
         state, logprobs, likeliest = engine.start(), [], []
-        for token, wanted in zip(ids, ids[1:], strict=False):
+        for token, wanted in pairwise(ids):
             logits, state = engine.feed(state, [token])
             logprobs.append(logits[wanted] - np.logaddexp.reduce(logits))
             likeliest.append(int(logits.argmax()) == wanted)

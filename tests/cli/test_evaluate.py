@@ -24,8 +24,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_beside_its_teacher(radlads, place: Path) -> None:
     done = radlads(
-        "eval", place / "other", "--backend", "torch", "--against", place / "teacher", "--data", place, "--text", place / "text.txt",
-        "--tasks", "lambada,blimp,bits,recall,kl", "--lengths", "200", "--recall-items", 2, "--window", 64, "--draws", 200,
+        "eval", place / "other", "--backend", "torch", "--against", place / "teacher",
+        "--data", place, "--text", place / "text.txt", "--tasks", "lambada,blimp,bits,recall,kl",
+        "--lengths", "200", "--recall-items", 2, "--window", 64, "--draws", 200,
         "--prompts", place / "prompts.txt", "-m", 4, "--output-dir", place / "out", "--json",
     )  # fmt: skip
     assert done.status == 0, done.err

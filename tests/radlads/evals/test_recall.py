@@ -1,6 +1,5 @@
 """Recall items fill their length, hold their answer once, and tell a model that recalls from one that does not."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
