@@ -11,6 +11,7 @@ from radlads.cli.options import arg, opt
 from radlads.cli.render import Table
 
 if TYPE_CHECKING:
+    from radlads.backends.torch.world import World
     from radlads.folder import ModelFolder
     from radlads.recipe import Recipe
     from radlads.runs import Run
@@ -75,22 +76,66 @@ class TrainResult:
 
 
 def train(options: TrainOptions) -> TrainResult:
-    """Run a recipe, or go on with it."""
-    from radlads.cli.progress import TrainingScreen
-    from radlads.runs import begin_run
+    """Run a recipe, or go on with it. Under torchrun each process takes its part, and the first one speaks for all."""
+    from radlads.errors import RadladsError
 
     require_torch()
     recipe = chosen_recipe(options)
     inputs = open_inputs(recipe, options.student)
+    from radlads.backends.torch.world import join_world
+
+    world = join_world()
+    try:
+        result = train_together(options, recipe, inputs, world)
+    except RadladsError as error:
+        # What concerns one process only, it says itself.
+        if world.first or error.code in ("R403", "R406"):
+            raise
+        raise SystemExit(error.exit_status) from None
+    world.leave()
+    if not world.first:
+        raise SystemExit(result.exit_status)
+    return result
+
+
+def train_together(options: TrainOptions, recipe: "Recipe", inputs: Inputs, world: "World") -> TrainResult:
+    """The run itself, in one of the processes of `world`."""
+    from radlads.cli.progress import TrainingScreen
+
     arch = f"-{recipe.student.arch}" if recipe.student else ""
     folder = Path(options.output_dir or f"runs/{recipe.name}{arch}")
-    quiet = options.quiet or options.json
-    with begin_run(folder, recipe, options.resume) as run, TrainingScreen(quiet) as screen, signals() as stop:
-        done = run_recipe(run, inputs, screen, stop)
-        if not done:
-            status = 130 if stop["signal"] == signal.SIGINT else STOPPED
+    quiet = options.quiet or options.json or not world.first
+    with open_run(folder, recipe, options.resume, world) as run, TrainingScreen(quiet) as screen, signals() as stop:
+        if world.first:
+            warn_of_hang(run, screen)
+        if not run_recipe(run, inputs, screen, stop, world):
+            run.stop()
+            status = 130 if world.share(stop["signal"]) == signal.SIGINT else STOPPED
             return TrainResult(str(folder), str(run.model), "stopped", exit_status=status)
-    return result_of(folder)
+    return result_of(folder) if world.first else TrainResult(str(folder), str(folder / "model"), "done")
+
+
+def open_run(folder: Path, recipe: "Recipe", resume: Literal["auto", "never"], world: "World") -> "Run":
+    """The run folder: opened and locked by the first process, read by the others."""
+    from radlads.runs import Run, begin_run
+
+    opened: list[Run] = []
+
+    def begin() -> bool:
+        opened.append(begin_run(folder, recipe, resume))
+        return opened[0].resumed
+
+    resumed = world.once(begin)
+    return opened[0] if opened else Run(folder, recipe, resumed)
+
+
+def warn_of_hang(run: "Run", screen: Any) -> None:
+    """Name the stacks that an earlier start left when it hung."""
+    from radlads.backends.torch.watchdog import hung_stacks
+
+    for path in hung_stacks(run.stacks):
+        screen.say(f"an earlier start hung here: {path}")
+        path.rename(path.with_suffix(".old"))
 
 
 def require_torch() -> None:
@@ -150,7 +195,7 @@ def teacher_path(name: str) -> Path:
     return path
 
 
-def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int]) -> bool:
+def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int], world: "World") -> bool:
     """Train what the recipe of `run` says; False when it was stopped."""
     from radlads.backends.torch.convert_run import convert, train_teacher
     from radlads.folder import open_folder
@@ -159,12 +204,12 @@ def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int]) 
         return stop["signal"] != 0
 
     if inputs.teacher is None:
-        return train_teacher(run, inputs.tokenizer, screen.step, stopping)
-    step0 = run.stage_folder(0)
-    if inputs.student is None and not step0.exists():
-        transfer(run.recipe, inputs.teacher, step0)
+        return train_teacher(run, inputs.tokenizer, screen.step, stopping, world)
+    step0, teacher = run.stage_folder(0), inputs.teacher
+    if inputs.student is None:
+        world.once(lambda: None if step0.exists() else transfer(run.recipe, teacher, step0))
     student = inputs.student or open_folder(step0)
-    return convert(run, inputs.teacher, student, inputs.tokenizer, screen.step, screen.say, stopping)
+    return convert(run, teacher, student, inputs.tokenizer, screen.step, screen.say, stopping, world)
 
 
 def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:

@@ -71,6 +71,31 @@ VERBS = (
         ),
     ),
     Verb(
+        "plan",
+        MAKE,
+        "radlads.cli.plan",
+        "PlanOptions",
+        "plan",
+        "Say what a recipe takes before it runs: memory of each GPU, operations, hours, price.",
+        (
+            "radlads plan mine.yaml --gpus 8 --gpu-type h200 --price-per-gpu-hour 2.5",
+            "radlads plan tiny --teacher Qwen2.5-72B --set precision=bfloat16 --gpus 8 --fit",
+        ),
+    ),
+    Verb(
+        "launch",
+        MAKE,
+        "radlads.cli.launch",
+        "LaunchOptions",
+        "launch",
+        "Start a training on several GPUs: here, through Slurm, or as a printed command.",
+        (
+            "radlads launch mine.yaml --gpus-per-node 8",
+            "radlads launch mine.yaml --executor slurm --nodes 2 --partition gpu --time 24:00:00",
+            "radlads launch mine.yaml --executor print --nodes 2",
+        ),
+    ),
+    Verb(
         "chat",
         USE,
         "radlads.cli.chat",

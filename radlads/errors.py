@@ -26,6 +26,7 @@ CODES = {
     "R403": "out of memory",
     "R404": "training diverged",
     "R405": "backend not available",
+    "R406": "a process of the run failed",
     "R501": "gate not met",
 }
 

@@ -169,6 +169,25 @@ class Eval(Part):
     new_tokens: Annotated[Whole, Field(ge=0, lt=2**20)] = 64
 
 
+class Parallel(Part):
+    """How a run is spread over processes and memory. A run may be resumed with other values: its samples stay the same.
+
+    `layout` of the student: "optimizer" gathers weights once a step and shards masters and moments (ZeRO-2), "full" shards
+    weights too and gathers them unit by unit. `teacher`: "whole" on each GPU, "sharded", or "offloaded" to the CPU's memory.
+    `vocab_heads` splits the output matrices by vocabulary. `sequence` is how many processes share one sequence, by kind of
+    stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in. After
+    `hang_timeout` seconds without a step a run saves its stacks and ends (0: never). "auto" takes what fits the GPUs.
+    """
+
+    layout: Literal["auto", "optimizer", "full"] = "auto"
+    teacher: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
+    vocab_heads: bool = False
+    sequence: dict[Literal["distill", "lm"], Count] = Field(default_factory=dict)
+    recompute: Literal["auto", "always", "never"] = "auto"
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    hang_timeout: Annotated[Number, Field(ge=0, lt=1e6)] = 1800.0
+
+
 class Stage(Part):
     """One training stage: paper step 1 (`align`), 2 (`distill`) or 3 (`lm`).
 
@@ -270,6 +289,7 @@ class Recipe(Part):
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 1337
     precision: Literal["float32", "bfloat16"] = "float32"
     eval: Eval = Field(default_factory=Eval)
+    parallel: Parallel = Field(default_factory=Parallel)
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     @model_validator(mode="before")
@@ -313,9 +333,13 @@ class Recipe(Part):
         """All resolved values as plain JSON values."""
         return self.model_dump(mode="json")
 
+    def identity(self) -> dict[str, Any]:
+        """The values that say which run it is: all but how it is spread over machines."""
+        return {key: value for key, value in self.values().items() if key != "parallel"}
+
     def fingerprint(self) -> str:
-        """sha256 of the resolved values: equal for two recipes that ask for the same run."""
-        return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()
+        """sha256 of `identity`: equal for two recipes that ask for the same run."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads back."""
@@ -425,6 +449,8 @@ def keys_at(path: tuple[str | int, ...]) -> list[str]:
         ("data", "train", "#"): list(DataSource.model_fields),
         ("data", "valid", "#"): list(DataSource.model_fields),
         ("eval",): list(Eval.model_fields),
+        ("parallel",): list(Parallel.model_fields),
+        ("parallel", "sequence"): ["distill", "lm"],
         ("init",): [f.name for f in fields(ModelSpec) if f.name not in NOT_IN_INIT],
         ("stages", "#"): list(Stage.model_fields),
     }

@@ -1,6 +1,7 @@
 """The run folder: its recipe, its metrics and its record, and who may write to it.
 
-Layout: run.json, recipe.yaml (resolved), metrics.jsonl, data/, checkpoints/, stage-1 ... stage-3/, model/, plots/, report.html.
+Layout: run.json, recipe.yaml (resolved), metrics.jsonl, data/, checkpoints/, stage-1 ... stage-3/, model/, plots/, report.html;
+micro_batch.json and stacks/ where memory ran out or a process hung.
 """
 
 import errno
@@ -21,16 +22,21 @@ from radlads.files import write_file
 from radlads.recipe import Recipe, load_recipe
 
 RECIPE, RECORD, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
+MICRO_BATCH = "micro_batch.json"
 FINAL = ("teacher_ppl", "student_ppl", "ppl_ratio", "kl", "agreement")
 PACKAGES = ("torch", "triton", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 
 
 class Run:
-    """An open run folder; `resumed` tells whether it held a begun run. Close it, or use it in a `with` statement."""
+    """An open run folder; `resumed` tells whether it held a begun run. Close it, or use it in a `with` statement.
 
-    def __init__(self, path: Path, recipe: Recipe, resumed: bool, lock: IO[str]) -> None:
+    Without a `lock` it belongs to another process of the same run: it may be read, and what is logged there counts.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, resumed: bool, lock: IO[str] | None = None) -> None:
         self.path, self.recipe, self.resumed = path, recipe, resumed
         self.data, self.checkpoints, self.plots = path / "data", path / "checkpoints", path / "plots"
+        self.stacks = path / "stacks"
         self.model, self.report = path / "model", path / "report.html"
         self._lock = lock
         self._metrics: IO[str] | None = None
@@ -44,7 +50,8 @@ class Run:
     def close(self) -> None:
         """Let go of the folder."""
         self._close_metrics()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _close_metrics(self) -> None:
         if self._metrics is not None:
@@ -59,6 +66,8 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null. Raises R401 or R402."""
+        if self._lock is None:
+            return
         line = json.dumps(plain(record), allow_nan=False)
         try:
             if self._metrics is None:
@@ -72,7 +81,7 @@ class Run:
             ) from None
 
     def record(self) -> dict[str, Any]:
-        """What run.json holds; its "status" is "running" or "done". Empty when there is none that can be read."""
+        """What run.json holds; its "status" is "running", "stopped" or "done". Empty when there is none that can be read."""
         try:
             record = json.loads((self.path / RECORD).read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -88,6 +97,8 @@ class Run:
 
         A record with a stage but no step stands at the end of its stage; records of the teacher stay.
         """
+        if self._lock is None:
+            return
         self._close_metrics()
         kept = [record for record in self.metrics() if when(record) <= (stage, step)]
         write_file(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
@@ -99,9 +110,31 @@ class Run:
             raise ValueError(f"final has no {missing[0]!r}")
         return self._record("done", stages=stages, final=final, model="model", **more)
 
+    def micro_batch(self, stage: int) -> int | None:
+        """The micro-batch that fitted the memory of an earlier start; None where the recipe's did."""
+        try:
+            found = json.loads((self.path / MICRO_BATCH).read_bytes()).get(str(stage))
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return None
+        return found if isinstance(found, int) and found > 0 else None
+
+    def set_micro_batch(self, stage: int, size: int) -> None:
+        """Remember a micro-batch for later starts; any process of the run may."""
+        try:
+            known = json.loads((self.path / MICRO_BATCH).read_bytes())
+        except (OSError, ValueError):
+            known = {}
+        write_file(self.path / MICRO_BATCH, json.dumps({**known, str(stage): size}) + "\n")
+
+    def stop(self) -> None:
+        """Say in run.json that the run was stopped and can go on."""
+        self._record("stopped")
+
     def _record(self, status: str, **more: Any) -> dict[str, Any]:
         about = {"schema": 1, "name": self.recipe.name, "status": status, "recipe_sha256": self.recipe.fingerprint()}
         record: dict[str, Any] = plain({**about, **more, "environment": environment()})
+        if self._lock is None:
+            return record
         write_file(self.path / RECORD, json.dumps(record, indent=2, allow_nan=False) + "\n")
         return record
 
@@ -136,7 +169,7 @@ def begin_run(path: str | Path, recipe: Recipe, resume: Literal["auto", "never"]
             drop_torn_line(folder / METRICS)
         else:
             write_file(folder / RECIPE, recipe.to_yaml())
-        if not run.record():
+        if run.record().get("status") != "done":
             run._record("running")
     except BaseException:
         lock.close()
@@ -149,7 +182,7 @@ def check_same_run(folder: Path, recipe: Recipe, resume: str) -> None:
     if resume == "never":
         fix = "Allow it with `--resume auto`, or give another folder"
         raise fail("R303", where=folder, why="it holds a run already, and resuming is off", fix=fix)
-    differing = differences(load_recipe(folder / RECIPE).values(), recipe.values())
+    differing = differences(load_recipe(folder / RECIPE).identity(), recipe.identity())
     if differing:
         shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing[:3])
         more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""

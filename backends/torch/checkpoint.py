@@ -1,7 +1,15 @@
-"""Step checkpoints of a stage: safetensors and a manifest with hashes, complete or absent, the last two kept."""
+"""Step checkpoints of a stage: tensors and a manifest with hashes, complete or absent, the last two kept.
+
+One process writes a safetensors file, several write their shards with torch.distributed.checkpoint; either is read by any
+number of processes. Writing goes on beside training. The index of the latter is a pickle: resume only runs you trust.
+"""
 
 import json
+import math
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +17,136 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from radlads.errors import RadladsError
-from radlads.files import new_folder, sha256, write_file
+from radlads.backends.torch.parallel import rows_of
+from radlads.backends.torch.world import World
+from radlads.errors import RadladsError, fail
+from radlads.files import check_space, new_folder, sha256, write_file
 from radlads.tensors import read_header, read_raw, write_weights
 
 TENSORS, MANIFEST = "state.safetensors", "manifest.json"
 KEPT = 2
 
+Shapes = Mapping[str, tuple[int, ...]]
 
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write `tensors` (float32) and the JSON `record` ("stage", "step", ...) to a new folder, then drop older ones."""
-    with new_folder(folder / f"stage-{record['stage']}-step-{record['step']:08d}", overwrite=True) as path:
-        plan = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
-        arrays = ((name, "F32", tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items())
-        write_weights(path / TENSORS, arrays, plan, {"format": "pt"})
-        write_file(path / MANIFEST, json.dumps({"schema": 1, **record, "sha256": sha256(path / TENSORS)}))
+
+class Checkpoints:
+    """The checkpoints of a run, as `world` writes and reads them."""
+
+    def __init__(self, folder: Path, world: World | None = None) -> None:
+        self.folder, self.world = folder, world or World()
+        self.writing: list[Future[Any]] = []
+        self.threads = ThreadPoolExecutor(1, "checkpoint")
+
+    def save(self, tensors: dict[str, Tensor], shapes: Shapes, record: dict[str, Any]) -> None:
+        """Begin to write `tensors` (float32; this process's rows of those whose whole `shapes` are given) and the JSON `record`.
+
+        Returns when the tensors may change again. Waits for the save before, and raises its error.
+        """
+        self.finish()
+        final = self.folder / f"stage-{record['stage']}-step-{record['step']:08d}"
+        record = {"schema": 1, **record, "tensors": {name: list(shapes[name]) for name in tensors}}
+        self.world.once(lambda: check_space(self.folder, 4 * sum(map(math.prod, shapes.values()))))
+        if self.world.size == 1:
+            kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+            self.writing = [self.threads.submit(self.write_one, final, kept, record)]
+        else:
+            self.write_shards(final, tensors, shapes, record)
+
+    def write_one(self, final: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """A whole checkpoint of one process."""
+        with new_folder(final, overwrite=True) as path:
+            plan = {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+            arrays = ((name, "F32", tensor.numpy()) for name, tensor in tensors.items())
+            write_weights(path / TENSORS, arrays, plan, {"format": "pt"})
+            write_manifest(path, record)
+        drop_old(self.folder)
+
+    def write_shards(self, final: Path, tensors: dict[str, Tensor], shapes: Shapes, record: dict[str, Any]) -> None:
+        """This process's part of a checkpoint; rank 0 commits when all have written theirs."""
+        import torch.distributed.checkpoint as dcp
+
+        opened: list[AbstractContextManager[Path]] = []
+
+        def begin() -> str:
+            opened.append(new_folder(final, overwrite=True))
+            return str(opened[0].__enter__())
+
+        path = Path(self.world.once(begin))
+        state = {name: self.sharded(tensor, shapes[name]) for name, tensor in tensors.items()}
+        written: Any = dcp.async_save(
+            state, storage_writer=dcp.FileSystemWriter(path, sync_files=True), process_group=self.world.control
+        )
+        self.writing = [written]
+        if self.world.first:
+            self.writing.append(self.threads.submit(self.commit, written, opened[0], path, record))
+
+    def commit(self, written: "Future[Any]", opened: AbstractContextManager[Path], path: Path, record: dict[str, Any]) -> None:
+        """Rank 0: wait for the data of all processes, add the manifest, and give the folder its name."""
+        try:
+            written.result()
+            write_manifest(path, record)
+        except BaseException as error:
+            opened.__exit__(type(error), error, error.__traceback__)
+            raise
+        opened.__exit__(None, None, None)
+        drop_old(self.folder)
+
+    def sharded(self, local: Tensor, shape: tuple[int, ...]) -> Any:
+        """The DTensor of which `local` holds this process's rows."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        return DTensor.from_local(
+            local.detach(), self.world.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    def finish(self) -> None:
+        """Wait for what is being written; all processes raise the first error of it."""
+        pending, self.writing = self.writing, []
+        error = next((found for found in (future.exception() for future in pending) if found is not None), None)
+        if self.world.any(error is not None):
+            raise error or fail("R406", where="checkpoint", why="another process could not write it", fix="See its message")
+
+    def last(self, stage: int, device: torch.device | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, record) of the newest checkpoint of `stage` whose hashes are right, this process's rows; or None."""
+        found = self.world.once(lambda: newest(self.folder, stage))
+        if found is None:
+            return None
+        path, record = Path(found[0]), found[1]
+        if (path / TENSORS).exists():
+            entries = read_header(path / TENSORS)
+            rows = {name: rows_of(entry.shape[0], self.world) for name, entry in entries.items()}
+            return {name: torch.from_numpy(np.array(read_raw(entry)[rows[name]])) for name, entry in entries.items()}, record
+        return self.read_shards(path, {name: tuple(shape) for name, shape in record["tensors"].items()}, device), record
+
+    def read_shards(self, path: Path, shapes: Shapes, device: torch.device | None) -> dict[str, Tensor]:
+        """This process's rows of a checkpoint that several processes wrote."""
+        import torch.distributed.checkpoint as dcp
+
+        local = {}
+        for name, shape in shapes.items():
+            rows = rows_of(shape[0], self.world)
+            local[name] = torch.empty(rows.stop - rows.start, *shape[1:], device=device)
+        alone = self.world.size == 1
+        state = local if alone else {name: self.sharded(tensor, shapes[name]) for name, tensor in local.items()}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.world.control, no_dist=alone)
+        return local
+
+
+def write_manifest(path: Path, record: dict[str, Any]) -> None:
+    """The commit mark of a checkpoint: its record, and size and hash of every file."""
+    names = sorted(item.name for item in path.iterdir())
+    write_file(path / MANIFEST, json.dumps({**record, "files": dict(zip(names, map(list, hashes(path, names)), strict=True))}))
+
+
+def hashes(path: Path, names: list[str]) -> list[tuple[int, str]]:
+    """(size, SHA-256) of files, several at a time."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda name: ((path / name).stat().st_size, sha256(path / name)), names))
+
+
+def drop_old(folder: Path) -> None:
+    """Remove all but the last `KEPT` checkpoints; the newest is complete by now."""
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -33,15 +156,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("stage-*-step-*") if (path / MANIFEST).is_file())
 
 
-def last_checkpoint(folder: Path, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and record of the newest checkpoint of `stage` whose hash is right; damaged ones are passed over."""
+def newest(folder: Path, stage: int) -> tuple[str, dict[str, Any]] | None:
+    """(path, record) of the newest checkpoint of `stage` whose files are as its manifest says; damaged ones are passed over."""
     for path in reversed(checkpoints(folder)):
         try:
             record = json.loads((path / MANIFEST).read_text())
-            if record["stage"] != stage or record["sha256"] != sha256(path / TENSORS):
+            if record["stage"] != stage:
                 continue
-            entries = read_header(path / TENSORS)
-            return {name: torch.from_numpy(np.array(read_raw(entry))) for name, entry in entries.items()}, record
-        except (OSError, ValueError, KeyError, RadladsError):
+            files = record["files"]
+            if [list(found) for found in hashes(path, list(files))] == list(files.values()):
+                return str(path), record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RadladsError):
             continue
     return None

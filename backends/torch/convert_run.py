@@ -4,20 +4,26 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from radlads.backends.torch.engine import TorchEngine
+from radlads.backends.torch.engine import TorchEngine, TorchState
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
-from radlads.backends.torch.head import retied, untied
-from radlads.backends.torch.load import load_model, new_model, stored_tensors
+from radlads.backends.torch.head import retied
+from radlads.backends.torch.load import new_model, stored_tensors
 from radlads.backends.torch.memory import keep_freed_memory
 from radlads.backends.torch.model import Model
+from radlads.backends.torch.parallel import build_task, load_frozen, sharded
 from radlads.backends.torch.trainer import Progress, run_stage
+from radlads.backends.torch.world import World
 from radlads.data.corpus import open_corpus
+from radlads.data.samples import Corpus
 from radlads.demo import resolve
 from radlads.errors import fail
 from radlads.folder import ModelFolder, open_folder, save_folder
@@ -31,6 +37,8 @@ from radlads.tokenizer import Tokenizer
 SHORT_CONTEXT = 8
 SHORT_CONTEXT_TOKENS = 4096
 
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+
 Report = Callable[[Progress], None]
 Stopping = Callable[[], bool]
 
@@ -38,17 +46,26 @@ Stopping = Callable[[], bool]
 class RecipeRun:
     """The parts of a run that every stage needs: teacher, data, tokenizer, device."""
 
-    def __init__(self, run: Run, teacher: ModelFolder | None, tokenizer: Tokenizer) -> None:
-        self.run, self.recipe, self.tokenizer = run, run.recipe, tokenizer
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu":
+    def __init__(self, run: Run, teacher: ModelFolder | None, tokenizer: Tokenizer, world: World) -> None:
+        self.run, self.recipe, self.tokenizer, self.world = run, run.recipe, tokenizer, world
+        if world.device.type == "cpu":
             keep_freed_memory()
         torch.set_float32_matmul_precision("high")
-        self.teacher_folder = teacher
-        self.teacher = None if teacher is None else load_model(teacher, device=self.device, dtype=self.recipe.precision)
+        self.teacher = None if teacher is None else self.frozen(teacher)
+        self.train, self.valid = (self.corpus(part) for part in ("train", "valid"))
+
+    def corpus(self, part: str) -> Corpus:
+        """The samples of one part of the data, which the first process prepares."""
         data = self.recipe.data
-        self.train = open_corpus(data.train, data, tokenizer, run.data / "train")
-        self.valid = open_corpus(data.valid, data, tokenizer, run.data / "valid")
+        made: list[Corpus] = []
+
+        def make() -> None:
+            made.append(open_corpus(getattr(data, part), data, self.tokenizer, self.run.data / part))
+
+        self.world.once(make)
+        if not made:
+            make()
+        return made[0]
 
     @property
     def retied(self) -> bool:
@@ -63,22 +80,35 @@ class RecipeRun:
         count = max(1, min(len(samples), wanted.tokens // wanted.seq_len))
         return torch.from_numpy(samples.batch(0, count))
 
+    def frozen(self, folder: ModelFolder) -> Model:
+        """The model of a folder, to run forward only."""
+        return load_frozen(folder, self.recipe.parallel, self.world, self.recipe.precision)
+
+    def measured(self, model: ModelFolder | Model, stage: int | str) -> dict[str, Any]:
+        """The measurement of a model, made now or by an earlier start, in every process."""
+        records = self.run.metrics() if self.world.first else []
+        done = (record for record in records if record.get("kind") == "eval" and record.get("stage") == stage)
+        found = self.world.share(next(done, None))
+        if found is None:
+            made = model if isinstance(model, Model) else self.frozen(model)
+            # Where weights are whole, one process measures; shards need all of them.
+            mine = self.world.first or any(sharded(p) for p in made.parameters())
+            found = self.world.share(self.measure(made, stage) if mine else {})
+        return found
+
     def measure(self, model: Model, stage: int | str) -> dict[str, Any]:
-        """Measure a model once and log it with a text it writes; a measurement of an earlier start is used again."""
-        for record in self.run.metrics():
-            if record.get("kind") == "eval" and record.get("stage") == stage:
-                return record
+        """Measure a model and log it with a text it writes."""
         is_teacher = stage == "teacher"
         result = evaluate(model, self.samples, None if is_teacher else self.teacher)
         record = {"kind": "eval", "stage": stage, **result}
         if is_teacher:
-            samples = self.samples[: max(1, SHORT_CONTEXT_TOKENS // self.recipe.eval.seq_len)].to(self.device)
+            samples = self.samples[: max(1, SHORT_CONTEXT_TOKENS // self.recipe.eval.seq_len)].to(self.world.device)
             full, short = limited_context_loss(model, samples, SHORT_CONTEXT)
             record |= {"short_context": SHORT_CONTEXT, "short_context_loss": short, "full_context_loss": full}
         if self.recipe.eval.new_tokens:
             prompt = self.recipe.eval.prompt
             ids, sampling = self.tokenizer.encode(prompt), Sampling(temp=0.8, seed=self.recipe.seed)
-            written = stream(TorchEngine(model), self.tokenizer, ids, sampling, self.recipe.eval.new_tokens, [])
+            written = stream(Together(model, self.world), self.tokenizer, ids, sampling, self.recipe.eval.new_tokens, [])
             self.run.log({"kind": "sample", "stage": stage, "prompt": prompt, "text": "".join(written)})
         # Last: a measurement that is found again is whole, its text included.
         self.run.log(record)
@@ -86,22 +116,39 @@ class RecipeRun:
 
     def stage(self, stage: Stage, source: ModelFolder | Model, report: Report, stopping: Stopping) -> Path | None:
         """Train one stage from `source` unless its folder is there already; None when it was asked to stop."""
-        folder = self.run.stage_folder(stage.number)
-        if not folder.exists():
-            model = source if isinstance(source, Model) else load_model(source, dtype=self.recipe.precision)
-            own_head = stage.kind == "distill" and self.retied and model.spec.tie_embeddings
-            model = (untied(model) if own_head else model).to(self.device)
-            began = time.perf_counter()
-            teacher = self.teacher if stage.kind != "lm" else None
-            if not run_stage(stage, model, teacher, self.train, self.run, report, stopping):
-                return None
-            origin, seconds = source if isinstance(source, ModelFolder) else None, time.perf_counter() - began
-            self.save(retied(model) if own_head else model, folder, stage, origin, seconds)
+        folder, world = self.run.stage_folder(stage.number), self.world
+        if world.share(folder.exists()):
+            return folder
+        teacher = self.teacher if stage.kind != "lm" else None
+        own_head = stage.kind == "distill" and self.retied and source.spec.tie_embeddings
+        task = build_task(stage, source, teacher, self.recipe.parallel, world, self.recipe.precision, own_head)
+        began = time.perf_counter()
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if not run_stage(stage, task, self.train, self.run, report, stopping, world):
+            return None
+        self.log_resources(stage)
+        before = source if isinstance(source, ModelFolder) else None
+        trained = retied(task.student) if own_head else task.student
+        if world.first:
+            self.save(trained, folder, stage, before, time.perf_counter() - began)
+        else:
+            deque(stored_tensors(trained, DTYPE_NAMES[self.recipe.precision]), maxlen=0)  # its part of each gather
+        world.barrier()
         return folder
+
+    def log_resources(self, stage: Stage) -> None:
+        """What the stage took, for the report to set beside the plan."""
+        peak = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else 0
+        seconds = [r["step_s"] for r in self.run.metrics() if r.get("stage") == stage.number and r.get("step_s")]
+        record: dict[str, Any] = {"kind": "resources", "stage": stage.number, "processes": self.world.size}
+        record |= {"seconds": round(sum(seconds), 3), "steps": len(seconds)}
+        record |= {"device": torch.cuda.get_device_name() if peak else "cpu", "peak_gib": round(peak / 2**30, 3)}
+        self.run.log(record)
 
     def save(self, model: Model, folder: Path, stage: Stage, source: ModelFolder | None, seconds: float) -> None:
         """The model folder of a finished stage: its tensors, and every other file of the folder before it."""
-        dtype = {"float32": "F32", "bfloat16": "BF16"}[self.recipe.precision]
+        dtype = DTYPE_NAMES[self.recipe.precision]
         before: dict[str, Any] = dict(source.manifest or {}) if source else {}
         step: dict[str, Any] = {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step}
         step |= {"seconds": round(seconds, 1), "recipe": self.recipe.name}
@@ -119,6 +166,24 @@ class RecipeRun:
         )
 
 
+class Together(TorchEngine):
+    """A torch engine in every process, all with the logits of rank 0, so that sampling takes the same token everywhere."""
+
+    def __init__(self, model: Model, world: World) -> None:
+        super().__init__(model)
+        self.shared = world if any(sharded(p) for p in model.parameters()) else World()
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return str(self.model.model.norm.weight.device)
+
+    def feed(self, state: TorchState, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], TorchState]:
+        """Logits (V,) after the last of `tokens`, and the new state."""
+        logits, state = super().feed(state, tokens)
+        return self.shared.share(logits), state
+
+
 def tokenizer_files(recipe: Recipe) -> Mapping[str, bytes]:
     """Files of the tokenizer that a new teacher gets."""
     path = resolve(recipe.tokenizer or "")
@@ -128,16 +193,15 @@ def tokenizer_files(recipe: Recipe) -> Mapping[str, bytes]:
     return {"tokenizer.json": (path / "tokenizer.json" if path.is_dir() else path).read_bytes(), **found}
 
 
-def train_teacher(run: Run, tokenizer: Tokenizer, report: Report, stopping: Stopping) -> bool:
+def train_teacher(run: Run, tokenizer: Tokenizer, report: Report, stopping: Stopping, world: World) -> bool:
     """A new teacher from random weights; False when it was asked to stop."""
-    parts = RecipeRun(run, None, tokenizer)
+    parts = RecipeRun(run, None, tokenizer, world)
     (stage,) = run.recipe.stages
     folder = parts.stage(stage, new_model(run.recipe.init_spec(), run.recipe.seed), report, stopping)
     if folder is None:
         return False
-    model = load_model(open_folder(folder), device=parts.device)
-    found = parts.measure(model, "teacher")
-    publish(folder, run.model)
+    found = parts.measured(open_folder(folder), "teacher")
+    world.once(lambda: publish(folder, run.model))
     run.finish(
         {"teacher_ppl": found["ppl"], "student_ppl": found["ppl"], "ppl_ratio": 1.0, "kl": 0.0, "agreement": 1.0},
         [{"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step}],
@@ -153,13 +217,14 @@ def convert(
     report: Report,
     say: Callable[[str], None],
     stopping: Stopping,
+    world: World,
 ) -> bool:
     """All stages of a conversion from the student folder `step0`; False when it was asked to stop."""
     recipe = run.recipe
-    parts = RecipeRun(run, teacher, tokenizer)
+    parts = RecipeRun(run, teacher, tokenizer, world)
     assert parts.teacher is not None
-    measured = parts.measure(parts.teacher, "teacher")
-    found = parts.measure(load_model(step0, device=parts.device, dtype=recipe.precision), step0.stage or 0)
+    measured = parts.measured(parts.teacher, "teacher")
+    found = parts.measured(step0, step0.stage or 0)
     say(f"teacher: {losses(measured)}; student before training: {losses(found)}")
     folder, stages = step0, []
     for stage in recipe.stages:
@@ -167,13 +232,13 @@ def convert(
         if path is None:
             return False
         folder = open_folder(path)
-        found = parts.measure(load_model(folder, device=parts.device, dtype=recipe.precision), stage.number)
+        found = parts.measured(folder, stage.number)
         say(f"after stage {stage.number}: {losses(found)}, KL {found['kl']:.4f}, agreement {found['agreement']:.1%}")
         stages.append(
             {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step, "folder": path.name}
         )
         stages[-1] |= {key: found[key] for key in ("loss", "ppl", "kl", "agreement")}
-    publish(folder.path, run.model)
+    world.once(lambda: publish(folder.path, run.model))
     final = {"teacher_ppl": measured["ppl"], "student_ppl": found["ppl"], "ppl_ratio": math.exp(found["loss"] - measured["loss"])}
     run.finish({**final, "kl": found["kl"], "agreement": found["agreement"]}, stages)
     return True

@@ -1,6 +1,7 @@
 """Model folder to Model and back, and new models from random weights."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +28,13 @@ def load_model(folder: ModelFolder, *, device: str | torch.device = "cpu", dtype
     return model.eval()
 
 
-def read_tensor(entry: Entry) -> torch.Tensor:
-    """A stored tensor with its own dtype, in memory of its own: the file may change or vanish afterwards."""
+def read_tensor(entry: Entry, rows: slice | None = None) -> torch.Tensor:
+    """A stored tensor, or some rows of it, with its own dtype, in memory of its own: the file may change or vanish later."""
     if entry.dtype not in STORED:
         why = f"dtype {entry.dtype} is no float weight"
         raise fail("R202", where=f"{entry.path}: {entry.name}", why=why, fix="Dequantise the model")
-    return torch.from_numpy(np.array(read_raw(entry))).view(STORED[entry.dtype])
+    raw = read_raw(entry)
+    return torch.from_numpy(np.array(raw if rows is None else raw[rows])).view(STORED[entry.dtype])
 
 
 def new_model(spec: ModelSpec, seed: int) -> Model:
@@ -56,7 +58,10 @@ def new_model(spec: ModelSpec, seed: int) -> Model:
 
 def stored_tensors(model: Model, dtype: str) -> Iterator[tuple[str, str, npt.NDArray[np.generic]]]:
     """(name, dtype, stored bits) of every tensor in file order, cast to "F32", "BF16" or "F16"."""
-    state = model.state_dict()
+    state: dict[str, Any] = dict(model.named_parameters())
     for name in model.spec.tensors():
-        tensor = state[name].detach().to("cpu", STORED[dtype]).contiguous()
+        tensor = state[name].detach()
+        if hasattr(tensor, "full_tensor"):  # sharded: every process takes part, and each has the whole tensor for a moment
+            tensor = tensor.full_tensor()
+        tensor = tensor.to("cpu", STORED[dtype]).contiguous()
         yield name, dtype, (tensor.view(torch.uint16) if dtype == "BF16" else tensor).numpy()

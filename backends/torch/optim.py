@@ -1,9 +1,13 @@
 """AdamW as the protocol sets it: parameter groups, clipping, float32 masters, and learning rates by token count."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from radlads.backends.torch.model import Model
+from radlads.backends.torch.moments import SmallAdamW, read
 from radlads.recipe import Stage
 from radlads.schedule import learning_rate
 
@@ -35,21 +39,27 @@ def trainable(model: Model, train: str) -> dict[str, nn.Parameter]:
 class Optimizer:
     """AdamW in two groups, mixers and the rest, with float32 masters of lower-precision parameters."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], stage: Stage) -> None:
-        self.stage, self.parameters = stage, parameters
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        stage: Stage,
+        moments: str = "float32",
+        total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
+    ) -> None:
+        """`moments` is what they are kept in; `total_norm` knows where gradients are shards of larger ones."""
+        self.stage, self.parameters, self.total_norm = stage, parameters, total_norm
         # The same tensor where it is float32 already.
         self.masters = {name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()}
         groups: dict[str, list[Tensor]] = {"base": [], "mixer": []}
         for name, master in self.masters.items():
             groups["mixer" if ".self_attn." in name else "base"].append(master)
-        self.adam = torch.optim.AdamW(
-            [{"params": members, "name": name} for name, members in groups.items() if members],
-            lr=stage.lr,
-            betas=stage.betas,
-            eps=stage.eps,
-            weight_decay=stage.weight_decay,
-            fused=True,
-        )
+        tables = [{"params": members, "name": name} for name, members in groups.items() if members]
+        settings: dict[str, Any] = {"lr": stage.lr, "betas": stage.betas, "eps": stage.eps, "weight_decay": stage.weight_decay}
+        self.adam: torch.optim.Optimizer
+        if moments == "float32":
+            self.adam = torch.optim.AdamW(tables, **settings, fused=True)
+        else:
+            self.adam = SmallAdamW(tables, moments, **settings)
 
     def step(self, number: int) -> tuple[float, float]:
         """Update for optimiser step `number` from the gradients in the parameters, which are cleared.
@@ -59,7 +69,7 @@ class Optimizer:
         """
         rates = self.rates(number)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).float()
+        norm = self.total_norm(grads).float()
         finite = bool(torch.isfinite(norm))
         if finite:
             if self.stage.clip:
@@ -97,7 +107,7 @@ class Optimizer:
             found[f"master.{name}"] = master.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment in self.adam.state.get(master, {}):
-                    found[f"{moment}.{name}"] = self.adam.state[master][moment]
+                    found[f"{moment}.{name}"] = read(self.adam.state[master][moment])
         return found
 
     @torch.no_grad()
@@ -106,7 +116,9 @@ class Optimizer:
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
             self.parameters[name].copy_(master)
-            if f"exp_avg.{name}" in tensors:
+            if f"exp_avg.{name}" in tensors and isinstance(self.adam, SmallAdamW):
+                self.adam.put(master, tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"], updates)
+            elif f"exp_avg.{name}" in tensors:
                 self.adam.state[master] = {
                     "step": torch.tensor(float(updates), device=master.device),
                     **{moment: tensors[f"{moment}.{name}"].to(master.device) for moment in ("exp_avg", "exp_avg_sq")},

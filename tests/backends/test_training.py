@@ -9,6 +9,7 @@ import torch
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import alignment_errors
 from radlads.backends.torch.optim import Optimizer, trainable
+from radlads.backends.torch.parallel import Task
 from radlads.backends.torch.trainer import run_stage
 from radlads.data.prepare import prepare
 from radlads.data.samples import Corpus
@@ -140,7 +141,8 @@ def test_resumed_losses_are_identical(tmp_path: Path, corpus: Corpus, kind: str)
             student, teacher = pair()
             with begin_run(folder, wanted) as run:
                 seen: list[int] = []
-                done = run_stage(stage, student, teacher, corpus, run, lambda p: seen.append(p.step), lambda: len(seen) >= stop)  # noqa: B023
+                task = Task(stage, student, teacher)
+                done = run_stage(stage, task, corpus, run, lambda p: seen.append(p.step), lambda: len(seen) >= stop)  # noqa: B023
                 records = run.metrics()
         assert done
         assert [r["step"] for r in records] == list(range(1, stage.steps + 1))
@@ -155,7 +157,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, corpus: Corpus) -> No
     student, _ = pair()
     with begin_run(tmp_path / "run", wanted) as run:
         seen: list[int] = []
-        run_stage(stage, student, None, corpus, run, lambda p: seen.append(p.step), lambda: len(seen) >= 5)
+        run_stage(stage, Task(stage, student, None), corpus, run, lambda p: seen.append(p.step), lambda: len(seen) >= 5)
         newest = sorted(run.checkpoints.iterdir())[-1] / "state.safetensors"
         data = bytearray(newest.read_bytes())
         data[-5] ^= 1
@@ -163,5 +165,5 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, corpus: Corpus) -> No
     again, _ = pair()
     with begin_run(tmp_path / "run", wanted) as run:
         steps: list[int] = []
-        run_stage(stage, again, None, corpus, run, lambda p: steps.append(p.step))
+        run_stage(stage, Task(stage, again, None), corpus, run, lambda p: steps.append(p.step))
     assert steps[0] == 5  # from the checkpoint of step 4

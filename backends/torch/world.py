@@ -1,0 +1,165 @@
+"""The processes of one run: who this one is, and how all of them agree. Launchers set RANK, WORLD_SIZE and LOCAL_RANK.
+
+How weights and work are spread over them stands in `parallel`. A run of one process never imports torch.distributed.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pickle import dumps, loads
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from radlads.errors import RadladsError, fail
+
+T = TypeVar("T")
+# Rank 0 may tokenise a corpus or write a model while the others wait; a training step has the watchdog's limit instead.
+PATIENCE = timedelta(hours=24)
+# What a collective raises when the process at its other end is gone.
+LOST = ("connection closed", "connection reset", "connection refused", "socket", "remote process", "timed out", "nccl", "gloo")
+
+
+class World:
+    """One process among `size`; `rank` 0 is the one that prints, logs and writes single files."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.size = rank, size
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._control: Any = None
+        self._mesh: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks."""
+        return self.rank == 0
+
+    @property
+    def mesh(self) -> Any:
+        """All processes as a one-dimensional DeviceMesh; FSDP shards over it."""
+        if self._mesh is None:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self._mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        return self._mesh
+
+    @property
+    def control(self) -> Any:
+        """The gloo group for flags and short messages, apart from the training collectives; None for one process."""
+        return self._control
+
+    def connect(self) -> "World":
+        """Join the other processes at MASTER_ADDR and MASTER_PORT."""
+        import torch.distributed as dist
+
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        # device_id makes NCCL connect at once, where errors are still readable.
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=self.device if on_gpu else None)
+        self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return self
+
+    def leave(self) -> None:
+        """Let go of the other processes."""
+        if self._control is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+            self._control = self._mesh = None
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process."""
+        if self.size == 1:
+            return flag
+        import torch.distributed as dist
+
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._control)
+        return bool(votes)
+
+    def sum(self, count: int) -> int:
+        """Sum over the processes of a whole number."""
+        if self.size == 1:
+            return count
+        import torch.distributed as dist
+
+        counts = torch.tensor([count])
+        dist.all_reduce(counts, group=self._control)
+        return int(counts)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes of a tensor, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def share(self, value: T) -> T:
+        """The value that rank 0 has, in every process."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value if self.first else None]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]  # type: ignore[return-value]
+
+    def once(self, action: Callable[[], T]) -> T:
+        """What `action` gives in rank 0, in every process (it must be picklable); its error is raised in all of them."""
+        if self.size == 1:
+            return action()
+        found: tuple[bytes, RadladsError | None] = (b"", None)
+        surprise: BaseException | None = None
+        if self.first:
+            try:
+                found = dumps(action()), None
+            except RadladsError as error:
+                found = b"", error
+            except BaseException as error:
+                surprise = error
+                found = b"", fail("R406", where="rank 0", why=f"{type(error).__name__}: {error}", fix="See its message")
+        data, error = self.share(found)
+        if surprise is not None:
+            raise surprise
+        if error is not None:
+            raise error
+        return loads(data)  # made by rank 0 of this very run, sent over the run's own group
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.any(False)
+
+    def lost(self, error: RuntimeError) -> NoReturn:
+        """Raise R406 for a collective that failed because another process is gone, and any other error as it is."""
+        text = str(error).lower()
+        if self.size > 1 and any(sign in text for sign in LOST):
+            why = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
+            fix = "Run the same command again: it goes on from the last checkpoint"
+            raise fail("R406", where=f"rank {self.rank} of {self.size}", why=why, fix=fix) from error
+        raise error
+
+
+def join_world(device: str | None = None) -> World:
+    """The processes this one was started with; alone without a launcher. R101 for a launcher's variables that do not fit."""
+    if int_of("WORLD_SIZE", 1) == 1:
+        return World(device=None if device is None else torch.device(device))
+    rank, size, local = int_of("RANK"), int_of("WORLD_SIZE"), int_of("LOCAL_RANK", 0)
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda and local >= torch.cuda.device_count():
+        why = f"process {local} of this machine finds {torch.cuda.device_count()} GPUs"
+        raise fail("R405", where="LOCAL_RANK", why=why, fix="Start one process a GPU")
+    return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu")).connect()
+
+
+def int_of(name: str, default: int | None = None) -> int:
+    """A whole number of the environment; R101 when it is missing or is none."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isascii() or not text.isdigit():
+        fix = "Start the run with torchrun or `radlads launch`"
+        raise fail("R101", where=f"environment variable {name}", why=f"it is {text!r}, no whole number", fix=fix)
+    return int(text)

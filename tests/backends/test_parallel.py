@@ -1,0 +1,44 @@
+"""A training spread over 2 or 4 processes is the training of one: losses, gradients and weights, for every way to spread it."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backends.parallel_checks import SPREAD, STEPS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What parallel_checks computed, in processes of its own."""
+    out = tmp_path_factory.mktemp("parallel") / "found.pickle"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.processes", "tests.backends.parallel_checks", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {**pickle.loads(out.read_bytes()), "stderr": done.stderr}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_spread_training_equals_one_process(found: dict[str, Any], name: str) -> None:
+    spread, alone = found[name], found[SPREAD[name][0]]
+    assert not isinstance(spread, Exception), f"{spread}\n{found['stderr'][-4000:]}"
+    assert len(spread["records"]) == len(alone["records"]) == STEPS
+    for one, many in zip(alone["records"], spread["records"], strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-6)
+        assert many.get("layer_error") == pytest.approx(one.get("layer_error"), abs=2e-6)
+    assert spread["gradients"].keys() == alone["gradients"].keys() != set()
+    for tensor, wanted in alone["gradients"].items():
+        error = (spread["gradients"][tensor] - wanted).norm() / wanted.norm().clamp(min=1e-12)
+        assert error <= 2e-6, tensor
+    for tensor, wanted in alone["weights"].items():
+        # AdamW moves a weight whose gradient is rounding noise by a full step, whichever way the noise points.
+        assert (spread["weights"][tensor] - wanted).abs().max() <= STEPS * 2e-4, tensor
+        assert (spread["weights"][tensor] - wanted).norm() <= 1e-4 * wanted.norm().clamp(min=1e-3), tensor
