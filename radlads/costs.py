@@ -1,0 +1,464 @@
+"""What a run will take: memory of each GPU, operations, time and price, by arithmetic from spec and recipe.
+
+Standard library and spec only. Operations are model FLOPs: two per multiply-add of every matrix that is used, the recurrence
+as `Mixer.scan_flops` counts it; nothing that is computed twice counts twice, but it takes time. docs/plan.md has the terms.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from radlads.mixers import MIXERS
+from radlads.recipe import Parallel, Recipe, Stage
+from radlads.spec import ModelSpec
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: memory a process can use, bf16 matmul rate, memory and link bandwidth (to the others of its host, per GPU)."""
+
+    name: str
+    gib: float
+    flops: float
+    bandwidth: float
+    link: float
+    measured: bool  # on random data with PyTorch; otherwise scaled from the data sheet
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h100", 78.0, 780e12, 3.0e12, 329e9, True),
+        Gpu("h200", 139.0, 790e12, 4.3e12, 329e9, True),
+        Gpu("a100", 78.0, 260e12, 1.7e12, 220e9, False),
+        Gpu("b200", 176.0, 1600e12, 7.0e12, 650e9, False),
+    )
+}
+# Share of the matmul rate that model FLOPs reach while computing, by kind of stage: what the trainer is built for.
+EFFICIENCY = {"align": 0.55, "distill": 0.50, "lm": 0.50}
+# Share of communication that computing hides, where there is enough of it.
+HIDDEN = 0.9
+# CUDA's context, libraries, NCCL's buffers, and blocks that the allocator holds but cannot use.
+OVERHEAD_GIB, FRAGMENTATION = 1.5, 0.03
+# Logits that exist at once in the loss.
+LOGITS_BYTES = 0.76 * GIB
+MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}
+# Bytes a token leaves for the backward pass in one layer: per unit of (D, C, F), for bf16; counted on the model in a test.
+MIXER_BYTES = {"softmax": (2, 16), "rwkv6": (24, 40), "rwkv7": (2, 55)}
+NORM_BYTES, FEED_FORWARD_BYTES = 12, 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU by what they hold; `activations` and `updating` never exist together."""
+
+    student: float
+    teacher: float
+    optimizer: float
+    gradients: float
+    activations: float
+    loss: float
+    updating: float
+    overhead: float
+
+    @property
+    def peak(self) -> float:
+        """The most that exists at one time."""
+        lasting = self.student + self.teacher + self.optimizer + self.gradients + self.overhead
+        return lasting + max(self.activations + self.loss, self.updating)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: how it is spread and what it takes. Times are in seconds, FLOPs for the whole stage."""
+
+    name: str
+    number: int
+    tokens: int
+    steps: int
+    micro_batch: int
+    layout: str
+    teacher: str
+    recompute: bool
+    flops_per_token: float
+    flops: float
+    compute: float
+    communication: float
+    optimizer: float
+    seconds: float
+    memory: Memory
+    fits: bool
+
+    @property
+    def peak_gib(self) -> float:
+        """Peak memory of one GPU."""
+        return self.memory.peak / GIB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run on `gpus` of one kind."""
+
+    gpu: Gpu
+    gpus: int
+    parameters: int
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def hours(self) -> float:
+        """Wall-clock hours of training."""
+        return sum(stage.seconds for stage in self.stages) / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours times GPUs."""
+        return self.hours * self.gpus
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits the memory."""
+        return all(stage.fits for stage in self.stages)
+
+
+def product(shape: tuple[int, ...]) -> int:
+    """Number of values of a shape."""
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters by where they stand, and those that mixers train on top of the teacher's projections."""
+
+    mixers: int  # of recurrent layers, all their tensors
+    kept: int  # attention of kept layers
+    feed_forward: int
+    root: int  # embedding, head, norms
+    largest_unit: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.mixers + self.kept + self.feed_forward + self.root
+
+
+def sizes(spec: ModelSpec) -> Sizes:
+    """Parameters of a model by part."""
+    mixers = kept = forward = root = 0
+    units: dict[str, int] = {}
+    for name, row in spec.tensors().items():
+        count = product(row.shape)
+        parts = name.split(".")
+        if ".self_attn." in name or ".mlp." in name:
+            unit = ".".join(parts[:4])
+            units[unit] = units.get(unit, 0) + count
+        if ".self_attn." in name:
+            recurrent = MIXERS[spec.mixers[int(parts[2])]].recurrent
+            mixers, kept = (mixers + count, kept) if recurrent else (mixers, kept + count)
+        elif ".mlp." in name:
+            forward += count
+        else:
+            root += count
+    return Sizes(mixers, kept, forward, root, max(units.values()))
+
+
+def matrix_flops(spec: ModelSpec, *, mixers: bool = True, rest: bool = True, head: bool = True, inner: bool = False) -> float:
+    """Forward FLOPs a token of the matrices of the recurrent mixers and of the `rest`; `inner` only those that do not read x.
+
+    An inner matrix (an output projection, the second of a low-rank pair) needs the gradient of its input even where x needs none.
+    """
+    total = 0.0
+    for name, row in spec.tensors().items():
+        if len([size for size in row.shape if size > 1]) < 2 or "embed_tokens" in name or not row.read or name.endswith("r_k"):
+            continue
+        in_mixer = ".self_attn." in name and MIXERS[spec.mixers[int(name.split(".")[2])]].recurrent
+        if (in_mixer and not mixers) or (not in_mixer and not rest) or (name == "lm_head.weight" and not head):
+            continue
+        last = name.rpartition(".")[2]
+        if inner and not (name.endswith(("o_proj.weight", "output.weight")) or last.endswith("2")):
+            continue
+        total += 2 * product(row.shape)
+    if spec.tie_embeddings and rest and head:
+        total += 2 * spec.V * spec.D
+    return total
+
+
+def scan_flops(spec: ModelSpec, seq_len: int) -> float:
+    """FLOPs a token of the recurrences and of the softmax layers' scores over half the context."""
+    total = 0.0
+    for name in spec.mixers:
+        total += MIXERS[name].scan_flops * spec.H * spec.N**2 if MIXERS[name].recurrent else 2 * seq_len * spec.C
+    return total
+
+
+def recurrent_scan_flops(spec: ModelSpec) -> float:
+    """FLOPs a token of the recurrences alone."""
+    return float(sum(MIXERS[name].scan_flops * spec.H * spec.N**2 for name in spec.mixers if MIXERS[name].recurrent))
+
+
+def flops_per_token(stage: Stage, teacher: ModelSpec | None, student: ModelSpec) -> float:
+    """Model FLOPs of training on one token."""
+    scan = scan_flops(student, stage.seq_len)
+    if stage.kind == "align":
+        assert teacher is not None
+        below = matrix_flops(teacher, head=False) + scan_flops(teacher, stage.seq_len)
+        mixers = matrix_flops(student, rest=False)
+        # x needs a gradient where trained token shifts mix it.
+        inner = mixers if student.mixer.token_shift else matrix_flops(student, rest=False, inner=True)
+        return below + 2 * mixers + inner + 3 * recurrent_scan_flops(student)
+    passes = 2 if stage.train == "decay" else 3
+    total = passes * (matrix_flops(student) + scan)
+    if stage.kind == "distill":
+        assert teacher is not None
+        total += matrix_flops(teacher) + scan_flops(teacher, stage.seq_len)
+    return total
+
+
+def trained(stage: Stage, student: ModelSpec, parts: Sizes) -> int:
+    """Parameters that a stage trains."""
+    if stage.train == "all":
+        return parts.total
+    if stage.train == "mixer":
+        return parts.mixers
+    names = ("time_decay", "time_maa_w", "time_maa_x", ".w0", ".w1", ".w2")
+    rows = student.tensors().items()
+    return sum(product(row.shape) for name, row in rows if ".self_attn." in name and any(part in name for part in names))
+
+
+def activation_bytes(spec: ModelSpec, *, mixers_only: bool = False, recompute: bool = False, width: int = 2) -> float:
+    """Bytes a token leaves for the backward pass in all layers; `width` is the bytes of an activation."""
+    total = 0.0
+    for name in spec.mixers:
+        if mixers_only and not MIXERS[name].recurrent:
+            continue
+        d, c = MIXER_BYTES.get(name, MIXER_BYTES["rwkv7"])
+        mixer = d * spec.D + c * spec.C
+        if recompute:
+            total += 2 * 2 * spec.D + NORM_BYTES * spec.D
+        else:
+            total += mixer if mixers_only else mixer + NORM_BYTES * spec.D + FEED_FORWARD_BYTES * spec.F
+    if recompute:  # and one unit while its backward pass runs
+        total += max(FEED_FORWARD_BYTES * spec.F, max(c for _, c in MIXER_BYTES.values()) * spec.C)
+    return total * width / 2
+
+
+def memory_of(
+    stage: Stage, teacher: ModelSpec | None, student: ModelSpec, how: Parallel, gpus: int, micro: int, precision: str
+) -> Memory:
+    """Memory of one GPU with a resolved `how` (nothing "auto") and `micro` sequences a forward pass."""
+    width = 2 if precision == "bfloat16" else 4
+    parts = sizes(student)
+    learned, align = trained(stage, student, parts), stage.kind == "align"
+    sequence = how.sequence.get(stage.kind, 1) if not align else 1  # type: ignore[call-overload]
+    tokens = micro * stage.seq_len / sequence
+    accumulating = stage.batch_size * sequence // gpus > micro
+    unit = parts.largest_unit
+    root = 0 if align else parts.root
+    moments = MOMENT_BYTES[how.moments]
+    if gpus == 1:
+        held = parts.total * width
+        optimizer = learned * (moments + (4 if width == 2 else 0))
+        gradients, updating = learned * width, learned * 4 if width == 2 else 0.0
+    else:
+        held = (parts.mixers if align else parts.total) * width if how.layout == "optimizer" else (root + 2 * unit) * width
+        optimizer = (4 + moments) * (parts.mixers if align else parts.total) / gpus
+        # Units are reduced in float32 as they come; what is being reduced is whole for a moment.
+        passing = (4 + width) * (max(root, 2 * unit) if not align else 2 * unit)
+        if how.layout == "optimizer" and accumulating:
+            passing = 4.0 * learned
+        gradients, updating = 4 * learned / gpus + passing, 0.0
+        if how.vocab_heads and not align:
+            saved = student.V * student.D * (1 - 1 / gpus)
+            held, gradients = held - saved * width, gradients - saved * (4 + width)
+    frozen = 0.0
+    if teacher is not None and stage.kind != "lm":
+        t = sizes(teacher)
+        inside = t.kept + t.mixers + t.feed_forward
+        share = {"whole": inside, "sharded": inside / gpus + 2 * t.largest_unit, "offloaded": 2 * t.largest_unit}[how.teacher]
+        frozen = (share + t.root) * width
+    recompute = how.recompute == "always" and not align
+    alive = tokens * activation_bytes(student, mixers_only=align, recompute=recompute, width=width)
+    # The teacher's pass leaves nothing but one layer at a time.
+    passing_teacher = tokens * (8 * student.F + 16 * student.D) * width / 2 if align else 0.0
+    hidden = tokens * student.D * width * (0 if align else 4)
+    loss = 0.0 if align else LOGITS_BYTES * width / 2 + hidden + student.V * student.D * width
+    lasting = held + frozen + optimizer + gradients + alive + loss
+    return Memory(
+        held, frozen, optimizer, gradients, alive + passing_teacher, loss, updating, OVERHEAD_GIB * GIB + FRAGMENTATION * lasting
+    )
+
+
+def plan_stage(
+    stage: Stage, teacher: ModelSpec | None, student: ModelSpec, how: Parallel, gpus: int, gpu: Gpu, precision: str,
+    efficiency: float | None = None,
+) -> StagePlan:  # fmt: skip
+    """What `stage` takes, "auto" resolved to the fastest way that fits (or to the leanest, where none does)."""
+    sequence = 1 if stage.kind == "align" else how.sequence.get(stage.kind, 1)
+    local = max(1, stage.batch_size * sequence // gpus)
+    micro = next(size for size in range(min(stage.micro_batch, local), 0, -1) if local % size == 0)
+    ways = [
+        replace_how(how, layout, held, recompute)
+        for layout in options(how.layout, ("optimizer", "full") if gpus > 1 else ("optimizer",))
+        for recompute in options(how.recompute, ("never", "always"))
+        for held in options(how.teacher, ("whole", "sharded") if gpus > 1 else ("whole",))
+    ]
+    found = [time_stage(stage, teacher, student, way, gpus, gpu, micro, precision, efficiency) for way in ways]
+    fitting = [plan for plan in found if plan.fits]
+    return min(fitting, key=lambda plan: plan.seconds) if fitting else min(found, key=lambda plan: plan.memory.peak)
+
+
+def options(chosen: str, all_of_them: tuple[str, ...]) -> tuple[str, ...]:
+    """The values to try for a setting."""
+    return all_of_them if chosen == "auto" else (chosen,)
+
+
+def replace_how(how: Parallel, layout: str, teacher: str, recompute: str) -> Parallel:
+    """`how` with its three choices made."""
+    return how.model_copy(update={"layout": layout, "teacher": teacher, "recompute": recompute})
+
+
+def time_stage(
+    stage: Stage, teacher: ModelSpec | None, student: ModelSpec, how: Parallel, gpus: int, gpu: Gpu, micro: int, precision: str,
+    efficiency: float | None,
+) -> StagePlan:  # fmt: skip
+    """Time and memory of a stage spread in one given way."""
+    per_token = flops_per_token(stage, teacher, student)
+    width = 2 if precision == "bfloat16" else 4
+    rate = gpu.flops * (efficiency or EFFICIENCY[stage.kind]) * (1 if width == 2 else 0.5)
+    align, parts = stage.kind == "align", sizes(student)
+    recompute = how.recompute == "always" and not align
+    again = matrix_flops(student, head=False) if recompute else 0.0
+    tokens = stage.tokens_per_step / gpus
+    compute = tokens * (per_token + again) / rate
+    learned = trained(stage, student, parts)
+    whole = parts.mixers if align else parts.total
+    optimizer = learned / gpus * (22 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
+    communication = 0.0
+    if gpus > 1:
+        sequence = 1 if align else how.sequence.get(stage.kind, 1)
+        passes = max(1, stage.batch_size * sequence // gpus // micro)
+        share = (gpus - 1) / gpus / gpu.link
+        gathers = whole * width if how.layout == "optimizer" else 2 * passes * whole * width
+        reduces = 4 * learned * (1 if how.layout == "optimizer" else passes)
+        if teacher is not None and stage.kind != "lm" and how.teacher != "whole":
+            gathers += passes * (sizes(teacher).total - sizes(teacher).root) * width
+        communication = (gathers + reduces) * share
+    exposed = max(communication * (1 - HIDDEN), communication - compute)
+    seconds = stage.steps * (compute + exposed + optimizer)
+    memory = memory_of(stage, teacher, student, how, gpus, micro, precision)
+    return StagePlan(
+        stage.kind, stage.number, stage.steps * stage.tokens_per_step, stage.steps, micro, how.layout, how.teacher, recompute,
+        per_token, per_token * stage.steps * stage.tokens_per_step, stage.steps * compute, stage.steps * exposed,
+        stage.steps * optimizer, seconds, memory, memory.peak <= gpu.gib * GIB,
+    )  # fmt: skip
+
+
+def plan_run(
+    recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu, efficiency: float | None = None
+) -> Plan:
+    """The plan of all stages of a recipe."""
+    stages = tuple(
+        plan_stage(stage, teacher, student, recipe.parallel, gpus, gpu, recipe.precision, efficiency) for stage in recipe.stages
+    )
+    return Plan(gpu, gpus, student.parameters(), stages)
+
+
+def resolved(how: Parallel, stage: StagePlan) -> Parallel:
+    """`how` with what the plan of a stage chose."""
+    return replace_how(how, stage.layout, stage.teacher, "always" if stage.recompute else "never")
+
+
+def fit(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu) -> list[tuple[str, Plan]]:
+    """Changes, cheapest first, after each of which (alone or with those before) the run fits; empty where none helps.
+
+    Each is (settings as --set values, the plan with them).
+    """
+    found: list[tuple[str, Plan]] = []
+    changes: list[str] = []
+    tried, count = recipe, gpus
+    for setting in ladder(recipe, gpus, gpu, student):
+        changes.append(setting)
+        tried, count = apply(tried, setting, count)
+        plan = plan_run(tried, teacher, student, count, gpu)
+        if plan.fits:
+            found.append((" ".join(changes), plan))
+            break
+    for more in (gpus * 2, gpus * 4, gpus * 8):
+        if all(stage.batch_size % more == 0 for stage in recipe.stages):
+            plan = plan_run(recipe, teacher, student, more, gpu)
+            if plan.fits:
+                found.append((f"--gpus {more}", plan))
+                break
+    return found
+
+
+def ladder(recipe: Recipe, gpus: int, gpu: Gpu, student: ModelSpec) -> list[str]:
+    """Settings that save memory, those that cost least time first."""
+    steps = []
+    smallest = min(stage.micro_batch for stage in recipe.stages)
+    for size in (8, 4, 2, 1):
+        if size < max(stage.micro_batch for stage in recipe.stages) or size < smallest:
+            steps.append(f"micro_batch={size}")
+    if gpus > 1 and not student.tie_embeddings:
+        steps.append("parallel.vocab_heads=true")
+    steps += ["parallel.moments=bfloat16", "parallel.moments=int8"]
+    if recipe.parallel.teacher == "auto":
+        steps.append("parallel.teacher=offloaded")
+    return steps
+
+
+def apply(recipe: Recipe, setting: str, gpus: int) -> tuple[Recipe, int]:
+    """The recipe with one setting of `ladder`."""
+    key, _, text = setting.partition("=")
+    if key == "micro_batch":
+        size = int(text)
+        stages = tuple(
+            s.model_copy(update={"micro_batch": size}) if s.micro_batch > size and s.batch_size % size == 0 else s
+            for s in recipe.stages
+        )
+        return recipe.model_copy(update={"stages": stages}), gpus
+    name = key.partition(".")[2]
+    value: Any = True if text == "true" else text
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={name: value})}), gpus
+
+
+def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
+    """The plan as plain values (see the interface of `radlads plan --json`)."""
+    return {
+        "schema": 1,
+        "parameters": plan.parameters,
+        "gpus": plan.gpus,
+        "gpu_type": plan.gpu.name,
+        "gpu": asdict(plan.gpu),
+        "hours": plan.hours,
+        "gpu_hours": plan.gpu_hours,
+        "price": None if price is None else plan.gpu_hours * price,
+        "fits": plan.fits,
+        "stages": [
+            {
+                "name": stage.name,
+                "stage": stage.number,
+                "tokens": stage.tokens,
+                "steps": stage.steps,
+                "micro_batch": stage.micro_batch,
+                "layout": stage.layout,
+                "teacher": stage.teacher,
+                "recompute": stage.recompute,
+                "flops_per_token": stage.flops_per_token,
+                "flops": stage.flops,
+                "seconds": stage.seconds,
+                "seconds_by": {
+                    "compute": stage.compute, "communication": stage.communication, "optimizer": stage.optimizer,
+                },
+                "gpu_hours": stage.seconds * plan.gpus / 3600,
+                "tok_s_per_gpu": stage.tokens / stage.seconds / plan.gpus,
+                "peak_gib_per_gpu": stage.peak_gib,
+                "gib_by": {name: value / GIB for name, value in asdict(stage.memory).items()},
+                "fits": stage.fits,
+            }
+            for stage in plan.stages
+        ],
+    }  # fmt: skip
