@@ -4,7 +4,7 @@ Standard library and spec only. Operations are model FLOPs: two per multiply-add
 as `Mixer.scan_flops` counts it; nothing that is computed twice counts twice, but it takes time. docs/plan.md has the terms.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from radlads.mixers import MIXERS

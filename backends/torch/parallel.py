@@ -5,6 +5,7 @@ they come, float32 masters and moments stay sharded. "full": weights are gathere
 A teacher is whole on every GPU, sharded, or sharded in the memory of the CPU. Units are the mixers and feed-forwards.
 """
 
+import warnings
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -102,6 +103,8 @@ def spread(task: Task, how: Parallel, world: World, precision: str) -> None:
     own: set[nn.Parameter] = set()
     if how.vocab_heads and not align:
         own = {split_head(task.student, world)}
+    # The keys and values of a kept layer are views; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     task.gathered_once = how.layout != "full"
     task.units = mixers_of(task.student) if align else units_of(task.student)
     for unit in task.units:
