@@ -52,9 +52,9 @@ class PlanResult:
         columns = ("stage", "tokens", "GFLOP/token", "tok/s/GPU", "GPU-hours", "GiB/GPU", "micro-batch", "layout", "fits")
         rows = [
             (
-                f"{s['stage']} {s['name']}", f"{s['tokens']:,}", f"{s['flops_per_token'] / 1e9:.2f}", f"{s['tok_s_per_gpu']:,.0f}",
-                f"{s['gpu_hours']:.2f}", f"{s['peak_gib_per_gpu']:.1f}", s["micro_batch"], spread_text(s, self.gpus),
-                "yes" if s["fits"] else "NO",
+                f"{s['stage']} {s['name']}", f"{s['tokens']:,}", f"{s['flops_per_token'] / 1e9:.2f}",
+                f"{s['tok_s_per_gpu']:,.0f}", f"{s['gpu_hours']:.2f}", f"{s['peak_gib_per_gpu']:.1f}", s["micro_batch"],
+                spread_text(s, self.gpus), "yes" if s["fits"] else "NO",
             )
             for s in self.stages
         ]  # fmt: skip
@@ -155,7 +155,7 @@ def check_batches(recipe: "Recipe", gpus: int) -> None:
     from radlads.errors import fail
 
     for number, stage in enumerate(recipe.stages):
-        sequence = 1 if stage.kind == "align" else recipe.parallel.sequence.get(stage.kind, 1)
+        sequence = recipe.parallel.sharing(stage.kind)
         groups, rest = divmod(gpus, sequence)
         if rest:
             where = f"parallel.sequence.{stage.kind}"

@@ -102,8 +102,7 @@ def train_together(options: TrainOptions, recipe: "Recipe", inputs: Inputs, worl
     """The run itself, in one of the processes of `world`."""
     from radlads.cli.progress import TrainingScreen
 
-    arch = f"-{recipe.student.arch}" if recipe.student else ""
-    folder = Path(options.output_dir or f"runs/{recipe.name}{arch}")
+    folder = run_folder(options, recipe)
     quiet = options.quiet or options.json or not world.first
     with open_run(folder, recipe, options.resume, world) as run, TrainingScreen(quiet) as screen, signals() as stop:
         if world.first:
@@ -113,6 +112,20 @@ def train_together(options: TrainOptions, recipe: "Recipe", inputs: Inputs, worl
             status = 130 if world.share(stop["signal"]) == signal.SIGINT else STOPPED
             return TrainResult(str(folder), str(run.model), "stopped", exit_status=status)
     return result_of(folder) if world.first else TrainResult(str(folder), str(folder / "model"), "done")
+
+
+def run_folder(options: TrainOptions, recipe: "Recipe") -> Path:
+    """The folder of the run."""
+    arch = f"-{recipe.student.arch}" if recipe.student else ""
+    return Path(options.output_dir or f"runs/{recipe.name}{arch}")
+
+
+def checked_inputs(options: TrainOptions) -> "Recipe":
+    """The recipe, when everything it names is there; a launcher asks before it starts processes."""
+    require_torch()
+    recipe = chosen_recipe(options)
+    open_inputs(recipe, options.student)
+    return recipe
 
 
 def open_run(folder: Path, recipe: "Recipe", resume: Literal["auto", "never"], world: "World") -> "Run":

@@ -252,21 +252,21 @@ def memory_of(
     width = 2 if precision == "bfloat16" else 4
     parts = sizes(student)
     learned, align = trained(stage, student, parts), stage.kind == "align"
-    sequence = how.sequence.get(stage.kind, 1) if not align else 1  # type: ignore[call-overload]
+    sequence = how.sharing(stage.kind)
     tokens = micro * stage.seq_len / sequence
     accumulating = stage.batch_size * sequence // gpus > micro
     unit = parts.largest_unit
     root = 0 if align else parts.root
     moments = MOMENT_BYTES[how.moments]
     if gpus == 1:
-        held = parts.total * width
+        held: float = parts.total * width
         optimizer = learned * (moments + (4 if width == 2 else 0))
-        gradients, updating = learned * width, learned * 4 if width == 2 else 0.0
+        gradients, updating = float(learned * width), learned * 4.0 if width == 2 else 0.0
     else:
         held = (parts.mixers if align else parts.total) * width if how.layout == "optimizer" else (root + 2 * unit) * width
         optimizer = (4 + moments) * (parts.mixers if align else parts.total) / gpus
         # Units are reduced in float32 as they come; what is being reduced is whole for a moment.
-        passing = (4 + width) * (max(root, 2 * unit) if not align else 2 * unit)
+        passing = float((4 + width) * (max(root, 2 * unit) if not align else 2 * unit))
         if how.layout == "optimizer" and accumulating:
             passing = 4.0 * learned
         gradients, updating = 4 * learned / gpus + passing, 0.0
@@ -296,7 +296,7 @@ def plan_stage(
     efficiency: float | None = None,
 ) -> StagePlan:  # fmt: skip
     """What `stage` takes, "auto" resolved to the fastest way that fits (or to the leanest, where none does)."""
-    sequence = 1 if stage.kind == "align" else how.sequence.get(stage.kind, 1)
+    sequence = how.sharing(stage.kind)
     local = max(1, stage.batch_size * sequence // gpus)
     micro = next(size for size in range(min(stage.micro_batch, local), 0, -1) if local % size == 0)
     ways = [
@@ -338,7 +338,7 @@ def time_stage(
     optimizer = learned / gpus * (22 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
     communication = 0.0
     if gpus > 1:
-        sequence = 1 if align else how.sequence.get(stage.kind, 1)
+        sequence = how.sharing(stage.kind)
         passes = max(1, stage.batch_size * sequence // gpus // micro)
         share = (gpus - 1) / gpus / gpu.link
         gathers = whole * width if how.layout == "optimizer" else 2 * passes * whole * width

@@ -187,6 +187,10 @@ class Parallel(Part):
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
     hang_timeout: Annotated[Number, Field(ge=0, lt=1e6)] = 1800.0
 
+    def sharing(self, kind: str) -> int:
+        """How many processes share one sequence in a stage of this kind."""
+        return next((count for name, count in self.sequence.items() if name == kind), 1)
+
 
 class Stage(Part):
     """One training stage: paper step 1 (`align`), 2 (`distill`) or 3 (`lm`).

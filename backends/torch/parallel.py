@@ -6,6 +6,7 @@ A teacher is whole on every GPU, sharded, or sharded in the memory of the CPU. U
 """
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any

@@ -45,7 +45,7 @@ class StageRun:
     def __init__(self, stage: Stage, task: Task, corpus: Corpus, run: Run, world: World) -> None:
         how = run.recipe.parallel
         self.stage, self.task, self.run, self.world = stage, task, run, world
-        self.sequence = how.sequence.get(stage.kind, 1) if stage.kind != "align" and world.size > 1 else 1
+        self.sequence = how.sharing(stage.kind) if world.size > 1 else 1
         self.count, micro = local_batch(stage, world, self.sequence)
         self.micro = min(micro, run.micro_batch(stage.number) or micro)
         self.drawn = corpus.samples(stage.seq_len, run.recipe.seed + stage.number, stage.packing)
