@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-MAKE, USE, CHECK, RUNS = "Make a model", "Use a model", "Check a model", "Runs and machine"
+MAKE, USE, CHECK, SHARE, RUNS = "Make a model", "Use a model", "Check a model", "Share a model", "Runs and machine"
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,34 @@ VERBS = (
             "radlads eval student --tasks arc_easy,hellaswag --limit 500",
         ),
         aliases=("evaluate",),
+    ),
+    Verb(
+        "verify",
+        CHECK,
+        "radlads.cli.verify",
+        "VerifyOptions",
+        "verify",
+        "Check a folder against its manifest, and what it computes against the float64 oracle and across backends.",
+        ("radlads verify student", "radlads verify student --against Qwen3-0.6B --max-kl 0.1 --junit verify.xml --json"),
+    ),
+    Verb(
+        "card",
+        SHARE,
+        "radlads.cli.card",
+        "CardOptions",
+        "card",
+        "Write the model card from the folder's manifest, its run's record and its last verification.",
+        ("radlads card runs/mine/model", "radlads card runs/mine/model --license apache-2.0 --stdout"),
+    ),
+    Verb(
+        "push",
+        SHARE,
+        "radlads.cli.push",
+        "PushOptions",
+        "push",
+        "Upload a verified folder to the Hugging Face Hub.",
+        ("radlads push runs/mine/model me/mine-rwkv7 --dry-run", "radlads push runs/mine/model me/mine-rwkv7 --private"),
+        aliases=("upload",),
     ),
     Verb(
         "recipes ls",

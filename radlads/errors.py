@@ -27,6 +27,7 @@ CODES = {
     "R404": "training diverged",
     "R405": "backend not available",
     "R406": "a process of the run failed",
+    "R407": "upload failed",
     "R501": "gate not met",
 }
 

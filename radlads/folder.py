@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from radlads import __version__
 from radlads.errors import RadladsError, fail
 from radlads.families import write_config
 from radlads.families.published import is_published, spec_of
@@ -44,6 +45,7 @@ from radlads.tensors import (
 
 MANIFEST = "radlads.json"
 CONFIG = "config.json"
+VERDICT = "verify.json"  # what `radlads verify` found; true of this folder alone
 SCHEMA = 1
 SHARD_BYTES = 5_000_000_000
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -234,7 +236,7 @@ def save_folder(
             raise fail("R201", where=source.path if source else final, why="it changed while it was read", fix="Start again")
         history = list(source.manifest.get("history", [])) if source and source.manifest else []
         hashes = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-        record = {"schema": SCHEMA, "stage": None, "history": history, "files": hashes, **manifest}
+        record = {"schema": SCHEMA, "stage": None, "radlads": __version__, "history": history, "files": hashes, **manifest}
         write_file(folder / MANIFEST, to_json(record))
     return open_folder(final)
 
@@ -254,7 +256,7 @@ def check_target(final: Path, source: ModelFolder | None, overwrite: bool) -> No
 def inherited(source: ModelFolder) -> list[Path]:
     """Files that go on to the next folder: neither weights nor config; code and model card only from a folder of ours."""
     ours = source.manifest is not None
-    skipped = {CONFIG, MANIFEST} if ours else {CONFIG, MANIFEST, "README.md"}
+    skipped = {CONFIG, MANIFEST, VERDICT} if ours else {CONFIG, MANIFEST, VERDICT, "README.md"}
     names = sorted(path.name for path in source.path.iterdir() if path.is_file())
     return [
         contained(source.path, name)

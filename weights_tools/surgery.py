@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from radlads.errors import fail
-from radlads.files import sha256
-from radlads.folder import CONFIG, ModelFolder, save_folder
+from radlads.folder import ModelFolder, save_folder
 from radlads.inits import first_values, layer_of
 from radlads.mixers import MIXERS
+from radlads.provenance import teacher_record
 from radlads.spec import ModelSpec
 from radlads.tensors import Named, decode, encode, read_raw
 
@@ -130,13 +130,3 @@ def student_tensors(
             yield name, entry.dtype, read_raw(entry)
         else:
             yield name, dtype, encode(first_values(name, row, spec, seed), dtype)
-
-
-def teacher_record(teacher: ModelFolder) -> dict[str, Any]:
-    """Name, family and file hashes by which a student's teacher can be told again."""
-    paths = sorted({teacher.path / CONFIG, *(entry.path for entry in teacher.weights.values())})
-    return {
-        "name": teacher.path.resolve().name,
-        "family": teacher.spec.family,
-        "files": {path.name: sha256(path) for path in paths},
-    }

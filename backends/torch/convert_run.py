@@ -151,9 +151,10 @@ class RecipeRun:
         dtype = DTYPE_NAMES[self.recipe.precision]
         before: dict[str, Any] = dict(source.manifest or {}) if source else {}
         step: dict[str, Any] = {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step}
-        step |= {"seconds": round(seconds, 1), "recipe": self.recipe.name}
+        step |= {"seconds": round(seconds, 1), "recipe": self.recipe.name, "recipe_sha256": self.recipe.fingerprint()}
+        step["data"] = [{"tokens": len(part.store), "sha256": part.store.header.get("sha256")} for part in self.train.parts]
         record = {key: value for key, value in before.items() if key in ("teacher", "student")}
-        record |= {"stage": stage.number, "history": [*before.get("history", []), step]}
+        record |= {"stage": stage.number, "recipe": self.recipe.values(), "history": [*before.get("history", []), step]}
         save_folder(
             folder,
             spec=model.spec,

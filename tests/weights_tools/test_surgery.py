@@ -230,7 +230,8 @@ def test_manifest_tells_the_teacher_and_the_choice(tmp_path: Path) -> None:
     assert student.manifest["teacher"] == {
         "name": "t",
         "family": "qwen3",
-        "files": {name: sha256(teacher / name) for name in ("config.json", "model.safetensors")},
+        "license": {},
+        "files": {path.name: sha256(path) for path in teacher.iterdir()},
     }
     assert student.manifest["student"] == {"arch": "rwkv7", "keep_softmax": [], "options": {"gate": "full"}, "seed": 9}
     assert student.config["model_file"] == "model.py" and (student.path / "model.py").read_bytes() == b"x"

@@ -1,0 +1,155 @@
+"""`radlads verify`: whether a folder is what its manifest says, and computes what it should on every backend."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from radlads.cli.options import arg, opt
+from radlads.cli.render import Table, note
+
+if TYPE_CHECKING:
+    from radlads.folder import ModelFolder
+    from radlads.tokenizer import Tokenizer
+    from radlads.verify import Check
+
+
+@dataclass(kw_only=True)
+class VerifyOptions:
+    """Which folder, and by what."""
+
+    model: str = arg("Folder of the model.", metavar="MODEL", flag="--model")
+    backend: Literal["all", "torch", "mlx"] = opt("all", "What computes: all backends that are installed, or one.")
+    dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "Type of the weights in memory; it sets the limits.")
+    files_only: bool = opt(False, "Check files, origin and tokenizer; compute nothing.", "--files-only")
+    against: str | None = opt(None, "Teacher or unquantised model whose predictions are compared.", metavar="DIR")
+    max_kl: float | None = opt(None, "Largest KL divergence from --against, in nats a token.", metavar="NATS")
+    junit: str | None = opt(None, "Write the checks as JUnit XML.", metavar="FILE")
+    json: bool = opt(False, "Print one JSON document.", "--json")
+
+
+@dataclass
+class VerifyResult:
+    """The checks; `passed` is false as soon as one of them failed."""
+
+    path: str
+    passed: bool
+    checks: list["Check"]
+
+    @property
+    def exit_status(self) -> int:
+        """3 when a gate was not met."""
+        return 0 if self.passed else 3
+
+    def blocks(self) -> list[Table | str]:
+        """The checks in a table, and the verdict."""
+        rows = [
+            (check.name, check.status, _number(check.value), _number(check.limit), check.detail)
+            for check in self.checks
+        ]  # fmt: skip
+        failed = [check.name for check in self.checks if check.status == "failed"]
+        verdict = f"NOT VERIFIED: {', '.join(failed)}." if failed else f"{self.path} is verified."
+        return [Table(("check", "status", "value", "limit", ""), rows, right=("value", "limit")), verdict]
+
+
+def verify(options: VerifyOptions) -> VerifyResult:
+    """Run the checks and leave verify.json in a folder of ours; R101, R2xx where there is nothing to check."""
+    from radlads.errors import RadladsError, fail
+    from radlads.files import write_file
+    from radlads.folder import MANIFEST, open_folder
+    from radlads.verify import Check, check_files, check_provenance, check_tokenizer, is_writable, junit, write_verdict
+
+    path = Path(options.model)
+    if options.max_kl is not None and options.against is None:
+        raise fail("R101", where="--max-kl", why="there is nothing to compare with", fix="Give --against DIR")
+    ours = open_manifest(path)
+    checks = [Check("files", "skipped", f"there is no {MANIFEST}") if ours is None else check_files(path, ours)]
+    try:
+        folder = open_folder(path)
+        folder.check_finite()
+        checks.append(Check("weights", "passed", f"{len(folder.weights)} tensors fit the config and are finite"))
+        tokenizer = open_tokenizer(folder)
+        checks.append(check_provenance(folder) if ours else Check("provenance", "skipped", f"there is no {MANIFEST}"))
+        checks.append(check_tokenizer(folder, tokenizer))
+        if not options.files_only:
+            checks += computed_checks(options, folder, tokenizer)
+    except RadladsError as error:
+        # What breaks a folder of ours is a finding; what never was one is bad input.
+        if ours is None or error.exit_status != 2 or error.code.startswith("R1"):
+            raise
+        checks.append(Check("weights", "failed", str(error)))
+    if ours is not None and not options.files_only:
+        if is_writable(path):
+            write_verdict(path, checks)
+        else:
+            note(f"{path} cannot be written to, so the verdict is not kept")
+    if options.junit is not None:
+        write_file(options.junit, junit(str(path), checks))
+    return VerifyResult(str(path), all(check.status != "failed" for check in checks), checks)
+
+
+def open_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest as a table, None where there is none; R201, R204."""
+    from radlads.errors import fail
+    from radlads.files import read_json
+    from radlads.folder import MANIFEST
+    from radlads.tensors import contained
+
+    if not path.is_dir():
+        why = "it is no folder" if path.exists() else "there is no such folder"
+        raise fail("R201", where=path, why=why, fix="Give the folder of a model")
+    if not (path / MANIFEST).exists():
+        return None
+    manifest = read_json(contained(path, MANIFEST))
+    if not isinstance(manifest, dict):
+        raise fail("R204", where=path / MANIFEST, why="it is no manifest", fix="Make the folder again")
+    return manifest
+
+
+def open_tokenizer(folder: "ModelFolder") -> "Tokenizer | None":
+    """The folder's tokenizer, None where it has none; R206."""
+    from radlads.tokenizer import Tokenizer
+
+    there = (folder.path / "tokenizer.json").exists()
+    return Tokenizer(folder.path, vocab_size=folder.spec.V) if there else None
+
+
+def computed_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "Tokenizer | None") -> list["Check"]:
+    """What the backends compute, each loaded alone so that two copies of a large model need not fit."""
+    from radlads.backends import available_backends, open_engine
+    from radlads.errors import fail
+    from radlads.folder import open_folder
+    from radlads.verify import ORACLE_PARAMETERS, compute, engine_checks, loss_check, oracle_prefixes, sample_tokens
+
+    names = available_backends() if options.backend == "all" else [options.backend]
+    tokens = sample_tokens(folder, tokenizer)
+    computed = {name: compute(open_engine(folder, name, options.dtype), tokens) for name in names}
+    parameters = folder.spec.parameters()
+    small = parameters <= ORACLE_PARAMETERS
+    oracle = oracle_prefixes(folder, tokens) if small and names else None
+    checks = engine_checks(computed, oracle, f"{parameters:,} parameters are too many for float64", options.dtype)
+    if options.against is not None and names:
+        other = open_folder(options.against)
+        if other.spec.V != folder.spec.V:
+            why = f"it has {other.spec.V:,} tokens, the model {folder.spec.V:,}"
+            raise fail("R101", where=f"--against {options.against}", why=why, fix="Give the model's teacher")
+        ours, theirs = (stepwise_logits(model, names[0], options.dtype, tokens) for model in (folder, other))
+        checks.append(loss_check(ours, theirs, tokens, options.max_kl))
+    return checks
+
+
+def stepwise_logits(folder: "ModelFolder", backend: str, dtype: str, tokens: list[int]) -> Any:
+    """Logits (T, V) of a folder's model, token by token."""
+    import numpy as np
+
+    from radlads.backends import open_engine
+
+    engine = open_engine(folder, backend, dtype)
+    rows, state = [], engine.start()
+    for token in tokens:
+        logits, state = engine.feed(state, [token])
+        rows.append(logits)
+    return np.stack(rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
