@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from radlads.runs import Run
     from radlads.tokenizer import Tokenizer
 
+KEPT_SHARE = 8  # one layer of eight is suggested to stay softmax, as in the published hybrids
 STOPPED = 75  # exit status of a run that was stopped and can be resumed
 
 
@@ -29,6 +30,9 @@ class TrainOptions:
     student: str | None = opt(None, "Go on from this student folder instead of a new transfer.", metavar="DIR")
     student_arch: Literal["rwkv6", "rwkv7", "hxa079", "hxa07a", "hxa07b", "hxa07c"] | None = opt(
         None, "Mixer of the student, instead of the recipe's."
+    )
+    measure_difficulty: bool = opt(
+        False, "Run step 1 alone, in every layer, and say which layers are the hardest to convert.", "--measure-difficulty"
     )
     set: list[str] = opt([], "Change a value of the recipe: stages.0.lr=1e-3.", metavar="KEY=VALUE")
     output_dir: str | None = opt(None, "Folder of the run; runs/<recipe>-<arch> without it.", metavar="DIR")
@@ -57,6 +61,8 @@ class TrainResult:
     samples: list[dict[str, str]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    layers: list[dict[str, float]] = field(default_factory=list)  # their difficulty, where it was asked for
+    suggested: list[int] = field(default_factory=list)
     exit_status: int = 0
 
     def blocks(self) -> Iterator[Table | str]:
@@ -67,6 +73,16 @@ class TrainResult:
         columns = ("", "held-out loss", "perplexity", "ratio", "KL to teacher", "agreement")
         yield Table(columns, self.rows, right=columns[1:])
         yield from self.notes
+        if self.layers:
+            numbers = ("layer", "error", "relative error", "KL alone")
+            rows = [
+                [f"{row['layer']}", f"{row['error']:.4g}", f"{row['relative']:.1%}", f"{row['kl']:.4g}",
+                 "keep" if row["layer"] in self.suggested else ""]
+                for row in self.layers
+            ]  # fmt: skip
+            yield Table((*numbers, ""), rows, title="\nHow hard each layer is to convert", right=numbers)
+            yield f"suggested: --set student.keep_softmax={str(self.suggested).replace(' ', '')}"
+            return
         for sample in self.samples:
             yield f"\n{sample['title']} writes:\n  {sample['prompt']}{sample['text']}"
         yield f"\nmodel   {self.model}"
@@ -111,13 +127,22 @@ def train_together(options: TrainOptions, recipe: "Recipe", inputs: Inputs, worl
             run.stop()
             status = 130 if world.share(stop["signal"]) == signal.SIGINT else STOPPED
             return TrainResult(str(folder), str(run.model), "stopped", exit_status=status)
-    return result_of(folder) if world.first else TrainResult(str(folder), str(folder / "model"), "done")
+    if not world.first:
+        return TrainResult(str(folder), str(folder / "model"), "done")
+    result = result_of(folder)
+    if options.measure_difficulty:
+        from radlads.difficulty import read_difficulty, suggested
+
+        result.layers = read_difficulty(folder)
+        result.suggested = suggested(result.layers, max(1, len(result.layers) // KEPT_SHARE))
+    return result
 
 
 def run_folder(options: TrainOptions, recipe: "Recipe") -> Path:
     """The folder of the run."""
     arch = f"-{recipe.student.arch}" if recipe.student else ""
-    return Path(options.output_dir or f"runs/{recipe.name}{arch}")
+    ending = "-difficulty" if options.measure_difficulty else ""
+    return Path(options.output_dir or f"runs/{recipe.name}{arch}{ending}")
 
 
 def checked_inputs(options: TrainOptions) -> "Recipe":
@@ -170,7 +195,18 @@ def chosen_recipe(options: TrainOptions) -> "Recipe":
         overrides.append(f"student.arch={options.student_arch}")
     if options.teacher:
         overrides.append(f"teacher={options.teacher}")
-    return load_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, overrides)
+    return alignment_alone(recipe) if options.measure_difficulty else recipe
+
+
+def alignment_alone(recipe: "Recipe") -> "Recipe":
+    """Step 1 of a recipe in every layer; R103 where it has none."""
+    from radlads.errors import fail
+
+    stages = tuple(stage for stage in recipe.stages if stage.kind == "align")
+    if not stages or recipe.student is None:
+        raise fail("R103", where=recipe.name, why="it has no align stage to measure", fix="Give a recipe that begins with step 1")
+    return recipe.model_copy(update={"stages": stages, "student": recipe.student.model_copy(update={"keep_softmax": ()})})
 
 
 def open_inputs(recipe: "Recipe", student: str | None) -> "Inputs":

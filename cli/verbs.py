@@ -31,7 +31,11 @@ VERBS = (
         "TrainOptions",
         "train",
         "Convert a teacher into a recurrent student: attention alignment, distillation, long context.",
-        ("radlads train", "radlads train tiny --student-arch rwkv6 --output-dir runs/rwkv6"),
+        (
+            "radlads train",
+            "radlads train tiny --student-arch rwkv6 --output-dir runs/rwkv6",
+            "radlads train tiny --measure-difficulty",
+        ),
     ),
     Verb(
         "init",

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from radlads.backends.torch.difficulty import layer_difficulty
 from radlads.backends.torch.engine import TorchEngine, TorchState
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
 from radlads.backends.torch.head import retied
@@ -25,6 +26,7 @@ from radlads.backends.torch.world import World
 from radlads.data.corpus import open_corpus
 from radlads.data.samples import Corpus
 from radlads.demo import resolve
+from radlads.difficulty import JSON, write_difficulty
 from radlads.errors import fail
 from radlads.folder import ModelFolder, open_folder, save_folder
 from radlads.recipe import Recipe, Stage
@@ -36,6 +38,8 @@ from radlads.tokenizer import Tokenizer
 # The teacher is also measured with only this many tokens of context: the gap shows what its attention does.
 SHORT_CONTEXT = 8
 SHORT_CONTEXT_TOKENS = 4096
+# On which the layers are compared after step 1: half as many forward passes as the model has layers.
+DIFFICULTY_TOKENS = 8192
 
 DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -113,6 +117,19 @@ class RecipeRun:
         # Last: a measurement that is found again is whole, its text included.
         self.run.log(record)
         return record
+
+    def measure_difficulty(self, folder: ModelFolder) -> None:
+        """How hard each layer was to convert, to files of the run folder, unless they are there."""
+        if self.world.share((self.run.path / JSON).exists()):
+            return
+        assert self.teacher is not None
+        student = self.frozen(folder)
+        if self.world.first or any(sharded(p) for p in student.parameters()):
+            samples = self.samples[: max(1, DIFFICULTY_TOKENS // self.recipe.eval.seq_len)]
+            rows = layer_difficulty(student, self.teacher, samples)
+            if self.world.first:
+                write_difficulty(self.run.path, [row._asdict() for row in rows])
+        self.world.barrier()
 
     def stage(self, stage: Stage, source: ModelFolder | Model, report: Report, stopping: Stopping) -> Path | None:
         """Train one stage from `source` unless its folder is there already; None when it was asked to stop."""
@@ -234,6 +251,8 @@ def convert(
             return False
         folder = open_folder(path)
         found = parts.measured(folder, stage.number)
+        if stage.kind == "align":
+            parts.measure_difficulty(folder)
         say(f"after stage {stage.number}: {losses(found)}, KL {found['kl']:.4f}, agreement {found['agreement']:.1%}")
         stages.append(
             {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step, "folder": path.name}
