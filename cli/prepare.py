@@ -157,7 +157,8 @@ def _conversations(model: "ModelFolder", tokenizer: "Tokenizer", options: Prepar
     from radlads.data.chat import script_of
 
     script = script_of(tokenizer.chat, model.path)
-    turns = Turns(*map(tokenizer.encode, script), ends=tokenizer.eos_ids)
+    opening, answer, again = map(tokenizer.encode, script)
+    turns = Turns(opening, answer, again, tokenizer.eos_ids)
     if len(turns.opening) + len(turns.answer) + 2 > options.seq_len:
         why = f"{options.seq_len} tokens hold no conversation: the template alone takes {len(turns.opening) + len(turns.answer)}"
         raise fail("R101", where="--seq-len", why=why, fix="Give a larger number")

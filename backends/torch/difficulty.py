@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radlads.backends.torch.losses import IGNORED
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.objectives import IGNORED, unpack
+from radlads.backends.torch.objectives import unpack
 from radlads.backends.torch.state import empty_state
 from radlads.mixers import MIXERS
 
