@@ -83,7 +83,8 @@ def train_arguments(options: TrainOptions) -> list[str]:
         given += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
     given += [f"--set={value}" for value in options.set]
     given += ["--resume", options.resume]
-    return [*given, *(["--quiet"] if options.quiet else []), *(["--json"] if options.json else [])]
+    switches = ("measure_difficulty", "quiet", "json")
+    return [*given, *(f"--{name.replace('_', '-')}" for name in switches if getattr(options, name))]
 
 
 def torchrun(options: LaunchOptions, meeting: list[str]) -> list[str]:
