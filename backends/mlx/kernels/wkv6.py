@@ -17,6 +17,8 @@ from radlads.backends.mlx.kernels import (
     to_end,
     zero_state,
 )
+from radlads.backends.mlx.kernels.gpu import has_kernels
+from radlads.backends.mlx.kernels.scan import scan
 
 
 def wkv6(
@@ -34,6 +36,9 @@ def wkv6(
     `min_log_w` promises that no log_w is lower, which allows longer chunks; without it log_w below -20 counts as -20.
     """
     state = zero_state(q) if state is None else state.astype(mx.float32)
+    if has_kernels(q.shape[-1]):
+        p, state = scan(False, scale)(q, log_w, k, v, state)
+        return p, state
     if q.shape[1] == 1:
         return wkv6_step(q, k, v, log_w, state, scale=scale)
     return wkv6_chunked(q, k, v, floored(log_w, min_log_w), state, scale=scale, size=chunk_size(q.shape[1], min_log_w))

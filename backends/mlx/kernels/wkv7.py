@@ -18,6 +18,8 @@ from radlads.backends.mlx.kernels import (
     to_end,
     zero_state,
 )
+from radlads.backends.mlx.kernels.gpu import has_kernels
+from radlads.backends.mlx.kernels.scan import scan
 
 
 def wkv7(
@@ -37,6 +39,9 @@ def wkv7(
     `min_log_w` promises that no log_w is lower, which allows longer chunks; without it log_w below -20 counts as -20.
     """
     state = zero_state(r) if state is None else state.astype(mx.float32)
+    if has_kernels(r.shape[-1]):
+        p, state = scan(True, scale)(r, log_w, k, v, a, b, state)
+        return p, state
     if r.shape[1] == 1:
         return wkv7_step(r, log_w, k, v, a, b, state, scale=scale)
     return wkv7_chunked(r, floored(log_w, min_log_w), k, v, a, b, state, scale=scale, size=chunk_size(r.shape[1], min_log_w))
