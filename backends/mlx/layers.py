@@ -8,6 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from radlads.backends.mlx.kernels.gpu import has_kernels
 from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
 from radlads.positions import inverse_frequencies, rope_amplitude, rope_depends_on_length, rope_length
 from radlads.spec import ModelSpec
@@ -151,13 +152,26 @@ def declare_gate(module: nn.Module, spec: ModelSpec) -> None:
         declare(module, g1=(spec.D, spec.ranks.gate), g2=(spec.ranks.gate, spec.C))
 
 
-def gated(module: nn.Module, spec: ModelSpec, p: mx.array, x: mx.array) -> mx.array:
-    """6.8, 7.9: p (B, T, C) times the output gate of x (B, T, D), in x's type."""
+def gate_of(module: nn.Module, spec: ModelSpec, x: mx.array) -> mx.array | None:
+    """The output gate of x (B, T, D), (B, T, C): the full one before its sigmoid, None without a gate."""
+    gate: mx.array | None = None
     if spec.mixer.gate == "full":
-        p = p * mx.sigmoid(module.gate(x))
+        gate = module.gate(x)
     elif spec.mixer.gate == "lowrank":
-        p = p * (mx.sigmoid(x @ module.g1) @ module.g2)
-    return p.astype(x.dtype)
+        gate = mx.sigmoid(x @ module.g1) @ module.g2
+    return gate
+
+
+def gated(spec: ModelSpec, p: mx.array, gate: mx.array | None) -> mx.array:
+    """6.8, 7.9: p (B, T, C) times its gate."""
+    if gate is None:
+        return p
+    return p * (mx.sigmoid(gate) if spec.mixer.gate == "full" else gate)
+
+
+def is_step(module: nn.Module, x: mx.array, cache: Any) -> bool:
+    """Whether x (B, T, D) is one token of generation on a GPU that has our kernels: a whole step is then one kernel."""
+    return x.shape[1] == 1 and cache is not None and not module.training and has_kernels(module.spec.N)
 
 
 class HeadNorm(nn.Module):

@@ -5,6 +5,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from radlads.backends.mlx.kernels import zero_state
+from radlads.backends.mlx.kernels.step import fused_step6
 from radlads.backends.mlx.kernels.wkv6 import wkv6
 from radlads.backends.mlx.layers import (
     SHIFT,
@@ -14,7 +16,9 @@ from radlads.backends.mlx.layers import (
     advance_cache,
     declare,
     declare_gate,
+    gate_of,
     gated,
+    is_step,
     real_only,
 )
 from radlads.spec import ModelSpec
@@ -36,27 +40,44 @@ class Rwkv6Mixer(RecurrentProjections):
 
     def __call__(self, x: mx.array, mask: mx.array | None, cache: Any, carry: Any) -> tuple[mx.array, Any]:
         """x (B, T, D) to the output (B, T, D); mask (B, T) is False on padding, None without; `carry` passes by."""
-        opts = self.spec.mixer
         (x,) = real_only(mask, x)
         x_r = x_k = x_v = x_w = x_g = x
-        if opts.token_shift:
+        if self.spec.mixer.token_shift:
             x_r, x_k, x_v, x_w, x_g = self.shifted(x, self.previous(x, cache))
-        q, k, v = self.project_heads(x_r, x_k, x_v, cache)  # 6.3
+        q, k, v = self.project_rotated(x_r, x_k, x_v, cache)  # 6.3
         d = self.time_decay + mx.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        gate = gate_of(self, self.spec, x_g)
+        form = self.step if is_step(self, x, cache) else self.sequence
+        p, state = form(q, k, v, d, gate, mask, None if cache is None else cache[WKV])
+        out = self.output_of(p.astype(x.dtype))
+        if cache is not None:
+            cache[WKV] = state
+            out = advance_cache(cache, mask, out)
+        return out, carry
+
+    def sequence(
+        self, q: mx.array, k: mx.array, v: mx.array, d: mx.array, gate: Any, mask: Any, state: Any
+    ) -> tuple[mx.array, mx.array]:
+        """6.4-6.8 up to the output projection: p (B, T, C) and the last state."""
+        opts = self.spec.mixer
+        k, v = self.repeated(k), self.repeated(v)
         log_w = -mx.exp(self.heads(d).astype(mx.float32))  # 6.4
         if opts.clamp is not None:
             log_w = mx.maximum(log_w, opts.clamp)
         if opts.balance:
             k = k * -mx.expm1(log_w)  # 6.5: 1 - w without cancellation
         k, v, log_w = real_only(mask, k, v, log_w)
-        state = None if cache is None else cache[WKV]
         p, state = wkv6(q, k, v, log_w, state, scale=self.spec.N**-0.5, min_log_w=opts.clamp)  # 6.6, 6.7
         p = self.ln_x(p) if opts.groupnorm else p.flatten(2)
-        out = self.output_of(gated(self, self.spec, p, x_g))  # 6.8
-        if cache is not None:
-            cache[WKV] = state
-            out = advance_cache(cache, mask, out)
-        return out, carry
+        return gated(self.spec, p, gate), state  # 6.8
+
+    def step(
+        self, q: mx.array, k: mx.array, v: mx.array, d: mx.array, gate: Any, mask: Any, state: Any
+    ) -> tuple[mx.array, mx.array]:
+        """`sequence` for one token on a GPU, as one kernel."""
+        norm = (self.ln_x.weight, self.ln_x.bias) if self.spec.mixer.groupnorm else None
+        state = zero_state(q) if state is None else state
+        return fused_step6(q, k, v, d, gate, norm, mask, state, self.spec.mixer)
 
     def previous(self, x: mx.array, cache: Any) -> mx.array:
         """x (B, T, D) one token earlier, zeros before the first; stores the last real token in the cache."""

@@ -5,6 +5,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from radlads.backends.mlx.kernels import zero_state
+from radlads.backends.mlx.kernels.step import fused_step7
 from radlads.backends.mlx.kernels.wkv7 import wkv7
 from radlads.backends.mlx.layers import (
     RWKV7_MIN_LOG_W,
@@ -14,7 +16,9 @@ from radlads.backends.mlx.layers import (
     advance_cache,
     declare,
     declare_gate,
+    gate_of,
     gated,
+    is_step,
     real_only,
     unit_keys,
 )
@@ -40,12 +44,27 @@ class Rwkv7Mixer(RecurrentProjections):
 
         mask (B, T) is False on padding, None without; `carry` is None in the first recurrent layer.
         """
+        r, k, v = self.project_rotated(x, x, x, cache)  # 7.1
+        d = (2 * self.w0 if self.spec.mixer.variant == "A" else self.w0) + mx.tanh(x @ self.w1) @ self.w2
+        rate = self.a0 + x @ self.a1 @ self.a2
+        mix = None if carry is None else self.v0 + x @ self.v1 @ self.v2
+        gate = gate_of(self, self.spec, x)
+        form = self.step if is_step(self, x, cache) else self.sequence
+        p, state, carry = form(r, k, v, d, rate, carry, mix, gate, mask, None if cache is None else cache[WKV])
+        out = self.output_of(p.astype(x.dtype))
+        if cache is not None:
+            cache[WKV] = state
+            out = advance_cache(cache, mask, out)
+        return out, carry
+
+    def sequence(
+        self, r: mx.array, k: mx.array, v: mx.array, d: mx.array, rate: mx.array, carry: Any, mix: Any, gate: Any, mask: Any, state: Any
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """7.2-7.9 up to the output projection: p (B, T, C), the last state, and the first recurrent layer's values."""
         opts = self.spec.mixer
-        r, k, v = self.project_heads(x, x, x, cache)  # 7.1
-        w0 = 2 * self.w0 if opts.variant == "A" else self.w0
-        d = w0 + mx.tanh(x @ self.w1) @ self.w2
+        k, v = self.repeated(k), self.repeated(v)
         log_w = RWKV7_MIN_LOG_W * mx.sigmoid(self.heads(d).astype(mx.float32))  # 7.2
-        a = self.heads(mx.sigmoid((self.a0 + x @ self.a1 @ self.a2).astype(mx.float32)))  # 7.3
+        a = self.heads(mx.sigmoid(rate.astype(mx.float32)))  # 7.3
         if opts.variant == "C":  # 7.4
             kappa = unit_keys(k)
             beta = kappa * a
@@ -58,17 +77,23 @@ class Rwkv7Mixer(RecurrentProjections):
         if carry is None:  # 7.5
             carry = v
         else:
-            v = v + (carry - v) * self.heads(mx.sigmoid(self.v0 + x @ self.v1 @ self.v2))
+            v = v + (carry - v) * self.heads(mx.sigmoid(mix))
         k, v, kappa, log_w = real_only(mask, k, v, kappa, log_w)
-        state = None if cache is None else cache[WKV]
         scale = 1.0 if opts.groupnorm else self.spec.N**-0.5  # 7.8
         p, state = wkv7(r, log_w, k, v, -kappa, beta, state, scale=scale, min_log_w=RWKV7_MIN_LOG_W)  # 7.6, 7.7
         p = self.ln_x(p) if opts.groupnorm else p.flatten(2)
-        out = self.output_of(gated(self, self.spec, p, x))  # 7.9
-        if cache is not None:
-            cache[WKV] = state
-            out = advance_cache(cache, mask, out)
-        return out, carry
+        return gated(self.spec, p, gate), state, carry  # 7.9
+
+    def step(
+        self, r: mx.array, k: mx.array, v: mx.array, d: mx.array, rate: mx.array, carry: Any, mix: Any, gate: Any, mask: Any, state: Any
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """`sequence` for one token on a GPU, as one kernel."""
+        residual = None if carry is None else (carry, mix)
+        norm = (self.ln_x.weight, self.ln_x.bias) if self.spec.mixer.groupnorm else None
+        state = zero_state(r) if state is None else state
+        keys = (self.k_k, self.k_a)
+        p, state = fused_step7(r, k, v, d, rate, keys, residual, gate, norm, mask, state, self.spec.mixer, RWKV7_MIN_LOG_W)
+        return p, state, self.repeated(v) if carry is None else carry
 
     def make_cache(self) -> ArraysCache:
         """An empty cache for this layer."""
