@@ -87,7 +87,7 @@ class ShimKernel:
         constants = "".join(f"constexpr int {name} = {int(value)};\n" for name, value in template)
         return (
             f'#include "{HEADER}"\n{self.header}\n#undef SHARED\n#define SHARED GROUP_MEMORY\n'
-            f"static void kernel_body({', '.join(parameters)}) {{\n{constants}\n#line 1 \"{self.name}\"\n{self.source}\n}}\n"
+            f'static void kernel_body({", ".join(parameters)}) {{\n{constants}\n#line 1 "{self.name}"\n{self.source}\n}}\n'
             "static void **arrays, **shapes;\n"
             f"static void bound() {{ kernel_body({', '.join(arguments)}); }}\n"
             'extern "C" int run(void **a, void **s, uint x, uint y, uint z, uint threads, int backwards) {\n'

@@ -126,19 +126,22 @@ static int run_groups(uint3 groups, uint threads, bool backwards, Body kernel) {
             contexts[i].uc_link = nullptr;
             makecontext(&contexts[i], start, 0);
         }
+        // Each 32 threads run as far ahead of the others as the barriers allow, which is when a missing one shows.
         for (uint done = 0; done < threads;) {
             bool moved = false;
-            for (uint i = 0; i < threads; ++i) {
-                now = backwards ? threads - 1 - i : i;
-                if (places[now] != RUNNING) continue;
-                moved = true;
-                swapcontext(&scheduler, &contexts[now]);
-                done += places[now] == DONE;
-            }
-            for (uint first = 0; first < threads; first += 32) {
-                if (!together(first, 32, AT_SHUFFLE)) continue;
-                for (uint i = first; i < first + 32; ++i) places[i] = RUNNING;
-                moved = true;
+            for (uint i = 0; i < threads; i += 32) {
+                const uint first = backwards ? threads - 32 - i : i;
+                for (bool again = true; again;) {
+                    for (uint j = 0; j < 32; ++j) {
+                        now = first + (backwards ? 31 - j : j);
+                        if (places[now] != RUNNING) continue;
+                        moved = true;
+                        swapcontext(&scheduler, &contexts[now]);
+                        done += places[now] == DONE;
+                    }
+                    again = together(first, 32, AT_SHUFFLE);
+                    if (again) for (uint j = first; j < first + 32; ++j) places[j] = RUNNING;
+                }
             }
             if (together(0, threads, AT_BARRIER)) {
                 for (uint i = 0; i < threads; ++i) places[i] = RUNNING;

@@ -318,21 +318,15 @@ INPUTS = ("r", "log_w", "k", "v", "a", "b")  # in the order of the arguments bel
 def scan_kernels(delta: bool) -> dict[str, GpuKernel]:
     """The kernels of one recurrence by task: forward, saving (forward that keeps what the gradient needs), rows, columns."""
     inputs, name = (INPUTS, "wkv7") if delta else (INPUTS[:4], "wkv6")
-    given = f"#define DELTA {int(delta)}\n"
-    of_u, of_inputs = (("u",), ("dr", "dlog_w", "dk", "da", "db")) if delta else ((), ("dr", "dlog_w", "dk"))
-    of_du = ("du",) if delta else ()
+    u, du, of_ab = (("u",), ("du",), ("da", "db")) if delta else ((), (), ())
+    given = "#define DELTA 1\n" if delta else "#define DELTA 0\n"
+    first, back = (*inputs, "state", "scale"), (*inputs, "dp", "dlast", "scale")
     return {
-        "forward": GpuKernel(
-            f"{name}_forward", (*inputs, "state", "scale"), ("p", "last"), FORWARD, given + "#define SAVE 0\n"
-        ),
-        "saving": GpuKernel(
-            f"{name}_saving", (*inputs, "state", "scale"), ("p", "last", "checkpoints", *of_u), FORWARD, given + "#define SAVE 1\n"
-        ),
-        "rows": GpuKernel(
-            f"{name}_rows", (*inputs, "dp", "dlast", "scale"), ("dv", *of_du, "dstate"), BACKWARD_ROWS, given
-        ),
+        "forward": GpuKernel(f"{name}_forward", first, ("p", "last"), FORWARD, given + "#define SAVE 0\n"),
+        "saving": GpuKernel(f"{name}_saving", first, ("p", "last", "checkpoints", *u), FORWARD, given + "#define SAVE 1\n"),
+        "rows": GpuKernel(f"{name}_rows", back, ("dv", *du, "dstate"), BACKWARD_ROWS, given),
         "columns": GpuKernel(
-            f"{name}_columns", (*inputs, "dp", "dlast", "scale", "checkpoints", *of_u, *of_du), of_inputs, BACKWARD_COLUMNS, given
+            f"{name}_columns", (*back, "checkpoints", *u, *du), ("dr", "dlog_w", "dk", *of_ab), BACKWARD_COLUMNS, given
         ),
     }
 

@@ -28,7 +28,7 @@ STEP = """
     SHARED float4 shared_b[N / 4];
 #endif
     SHARED float shared_p[N];
-    const bool counts = MASKED ? real[group.z] : true;  // padding leaves the state as it is
+    const bool counts = !MASKED || float(real[group.z]) != 0.0f;  // padding leaves the state as it is
 
     float4 S[QUADS];
     EACH(q, QUADS) S[q] = get4(state + (head * N + first_row) * N + 4 * (q * LANES + part));

@@ -47,10 +47,10 @@ class Rwkv7Mixer(RecurrentProjections):
         r, k, v = self.project_rotated(x, x, x, cache)  # 7.1
         d = (2 * self.w0 if self.spec.mixer.variant == "A" else self.w0) + mx.tanh(x @ self.w1) @ self.w2
         rate = self.a0 + x @ self.a1 @ self.a2
-        mix = None if carry is None else self.v0 + x @ self.v1 @ self.v2
+        residual = None if carry is None else (carry, self.v0 + x @ self.v1 @ self.v2)  # 7.5
         gate = gate_of(self, self.spec, x)
         form = self.step if is_step(self, x, cache) else self.sequence
-        p, state, carry = form(r, k, v, d, rate, carry, mix, gate, mask, None if cache is None else cache[WKV])
+        p, state, carry = form(r, k, v, d, rate, residual, gate, mask, None if cache is None else cache[WKV])
         out = self.output_of(p.astype(x.dtype))
         if cache is not None:
             cache[WKV] = state
@@ -58,7 +58,7 @@ class Rwkv7Mixer(RecurrentProjections):
         return out, carry
 
     def sequence(
-        self, r: mx.array, k: mx.array, v: mx.array, d: mx.array, rate: mx.array, carry: Any, mix: Any, gate: Any, mask: Any, state: Any
+        self, r: mx.array, k: mx.array, v: mx.array, d: mx.array, rate: mx.array, residual: Any, gate: Any, mask: Any, state: Any
     ) -> tuple[mx.array, mx.array, mx.array]:
         """7.2-7.9 up to the output projection: p (B, T, C), the last state, and the first recurrent layer's values."""
         opts = self.spec.mixer
@@ -74,10 +74,9 @@ class Rwkv7Mixer(RecurrentProjections):
             key_scale = 1 + (a - 1) * self.heads(self.k_a)
             beta = kappa * (key_scale if opts.variant == "A" else a)
             k = k * key_scale
-        if carry is None:  # 7.5
-            carry = v
-        else:
-            v = v + (carry - v) * self.heads(mx.sigmoid(mix))
+        carry = v if residual is None else residual[0]  # 7.5
+        if residual is not None:
+            v = v + (carry - v) * self.heads(mx.sigmoid(residual[1]))
         k, v, kappa, log_w = real_only(mask, k, v, kappa, log_w)
         scale = 1.0 if opts.groupnorm else self.spec.N**-0.5  # 7.8
         p, state = wkv7(r, log_w, k, v, -kappa, beta, state, scale=scale, min_log_w=RWKV7_MIN_LOG_W)  # 7.6, 7.7
@@ -85,15 +84,14 @@ class Rwkv7Mixer(RecurrentProjections):
         return gated(self.spec, p, gate), state, carry  # 7.9
 
     def step(
-        self, r: mx.array, k: mx.array, v: mx.array, d: mx.array, rate: mx.array, carry: Any, mix: Any, gate: Any, mask: Any, state: Any
+        self, r: mx.array, k: mx.array, v: mx.array, d: mx.array, rate: mx.array, residual: Any, gate: Any, mask: Any, state: Any
     ) -> tuple[mx.array, mx.array, mx.array]:
         """`sequence` for one token on a GPU, as one kernel."""
-        residual = None if carry is None else (carry, mix)
         norm = (self.ln_x.weight, self.ln_x.bias) if self.spec.mixer.groupnorm else None
         state = zero_state(r) if state is None else state
         keys = (self.k_k, self.k_a)
         p, state = fused_step7(r, k, v, d, rate, keys, residual, gate, norm, mask, state, self.spec.mixer, RWKV7_MIN_LOG_W)
-        return p, state, self.repeated(v) if carry is None else carry
+        return p, state, self.repeated(v) if residual is None else residual[0]
 
     def make_cache(self) -> ArraysCache:
         """An empty cache for this layer."""
