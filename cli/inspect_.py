@@ -1,26 +1,29 @@
-"""`radlads inspect`: what a model folder holds, from its headers alone. No code of the folder is run."""
+"""`radlads inspect`: what a model of any format holds, from its headers alone, or how two differ. No code of it is run."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from radlads.cli.options import arg, opt
-from radlads.cli.render import Table, size
+from radlads.cli.render import Table, progress, size
 
 if TYPE_CHECKING:
-    from radlads.folder import ModelFolder
+    from radlads.weights_tools.diff import Difference
+    from radlads.weights_tools.formats.format import Source
 
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(kw_only=True)
 class InspectOptions:
-    """Which folder, and how much of it."""
+    """Which model, and how much of it."""
 
-    model: str = arg("Folder of the model.", metavar="MODEL", flag="--model")
+    model: str = arg("Folder or file of the model: safetensors, MLX, .pth or .gguf.", metavar="MODEL", flag="--model")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7 model, which files do not say.")
     config: str | None = opt(None, "Folder or config.json to read instead of the model's.", metavar="PATH")
     tensors: bool = opt(False, "List every tensor.", "--tensors")
+    diff: str | None = opt(None, "Another model: say how the two differ, values included.", metavar="OTHER")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
 
@@ -36,9 +39,12 @@ class TensorRow:
 
 @dataclass
 class InspectResult:
-    """What a folder holds; sizes in bytes, the state for one sequence in float32."""
+    """What a model holds; sizes in bytes, the state for one sequence in float32. `dtype` is that of the float values."""
 
     path: str
+    format: str
+    layout: str
+    quantised: bool
     family: str
     architecture: str
     stage: int | None
@@ -55,6 +61,7 @@ class InspectResult:
     files: dict[str, int]
     notices: list[str] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
+    diff: dict[str, Any] | None = None
 
     def blocks(self) -> list[Table | str]:
         """The overview, the layers, the history and, if asked for, the tensors."""
@@ -63,6 +70,7 @@ class InspectResult:
         kind = f"student, {self.architecture}{_stage_name(self.stage)}" if student else "softmax attention"
         rows = [
             ("model", self.path),
+            ("format", f"{self.format}: {self.layout}"),
             ("architecture", f"{self.family} {kind}"),
             ("parameters", f"{self.parameters:,} ({self.dtype}, {size(self.weight_bytes)})"),
             ("width", f"{dims['hidden_size']}, feed-forward {dims['intermediate_size']}, vocabulary {dims['vocab_size']:,}"),
@@ -75,6 +83,8 @@ class InspectResult:
             rows.append(("softmax cache", f"{size(self.cache_bytes_per_token)} for each token"))
         if self.teacher:
             rows.append(("teacher", self.teacher))
+        if self.diff is not None:
+            return [Table(("", ""), rows), *_difference(self.diff)]
         blocks: list[Table | str] = [Table(("", ""), rows)]
         if self.notices:
             blocks.append(Table(("inferred",), [(notice,) for notice in self.notices]))
@@ -89,48 +99,89 @@ class InspectResult:
 
 def inspect_model(options: InspectOptions) -> InspectResult:
     """Read config, manifest and weight headers; R201 to R205 when they do not hold together."""
-    from radlads.folder import open_folder
+    from radlads.weights_tools.diff import compare
+    from radlads.weights_tools.formats import open_source
+    from radlads.weights_tools.formats.format import Reading
 
-    folder = open_folder(options.model, variant=options.variant, config_from=options.config)
-    spec = folder.spec
+    source = open_source(options.model, Reading(options.config, options.variant))
+    difference = None
+    if options.diff is not None:
+        other = open_source(options.diff, Reading(options.config, options.variant))
+        with progress("compare") as report:
+            difference = _plain_difference(compare(source, other, report), str(other.path))
+    return _result(source, options.tensors, difference)
+
+
+def _result(source: "Source", tensors: bool, difference: dict[str, Any] | None) -> InspectResult:
+    spec = source.spec
     dimensions = spec.to_dict()
     mixers, mixer_options = dimensions.pop("mixers"), dimensions.pop("mixer")
-    width = {"F32": 4}.get(folder.dtype, 2)
-    manifest = folder.manifest or {}
+    manifest = source.manifest or {}
     teacher = manifest.get("teacher")
+    rows = [TensorRow(row.name, row.dtype, list(row.shape), row.file) for row in source.stored] if tensors else []
     return InspectResult(
-        path=str(folder.path),
+        path=str(source.path),
+        format=source.format,
+        layout=source.layout,
+        quantised=source.quantised,
         family=spec.family,
         architecture=spec.recurrent or "softmax",
-        stage=folder.stage,
-        dtype=STORED[folder.dtype],
+        stage=manifest.get("stage") if spec.recurrent else None,
+        dtype=STORED[source.dtype],
         parameters=spec.parameters(),
-        weight_bytes=sum(entry.nbytes for entry in folder.weights.values()),
+        weight_bytes=sum(row.nbytes for row in source.stored),
         dimensions=dimensions,
         mixers=mixers,
         mixer_options=mixer_options if spec.recurrent else {},
         state_bytes=spec.state_bytes(),
-        cache_bytes_per_token=2 * width * spec.Ckv * len(spec.kept_layers),
+        cache_bytes_per_token=2 * (4 if source.dtype == "F32" else 2) * spec.Ckv * len(spec.kept_layers),
         teacher=teacher.get("name") if isinstance(teacher, dict) else None,
         history=_list(manifest.get("history")),
-        files=_sizes(folder),
-        notices=list(folder.notices),
-        tensors=_tensors(folder) if options.tensors else [],
+        files=_sizes(source.path),
+        notices=list(source.notices),
+        tensors=rows,
+        diff=difference,
     )
+
+
+def _plain_difference(found: "Difference", other: str) -> dict[str, Any]:
+    return {"other": other, "same": found.same, **asdict(found)}
+
+
+def _difference(found: dict[str, Any]) -> list[Table | str]:
+    """What differs, as tables; the tensors that are furthest apart first."""
+    if found["same"]:
+        return [f"The same as {found['other']}: settings, and {found['equal']} tensors to the bit."]
+    blocks: list[Table | str] = [f"Compared with {found['other']}: {found['equal']} tensors are equal to the bit."]
+    if found["settings"]:
+        blocks.append(Table(("setting", "here", "there"), found["settings"]))
+    for title, names in (("only here", found["only_left"]), ("only there", found["only_right"])):
+        if names:
+            blocks.append(Table((title,), [(name,) for name in names]))
+    if found["tensors"]:
+        order = sorted(found["tensors"], key=lambda row: -(row["relative"] if row["relative"] is not None else 1e9))
+        rows = [
+            (row["name"], row["what"], row["left"], row["right"], _number(row["largest"]), _number(row["relative"]))
+            for row in order
+        ]
+        columns = ("tensor", "differs in", "here", "there", "largest gap", "relative")
+        blocks.append(Table(columns, rows, right=columns[-2:]))
+    return blocks
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _sizes(folder: "ModelFolder") -> dict[str, int]:
+def _sizes(place: Path) -> dict[str, int]:
     from radlads.errors import printable
 
-    return {printable(path.name): path.stat().st_size for path in sorted(folder.path.iterdir()) if path.is_file()}
-
-
-def _tensors(folder: "ModelFolder") -> list[TensorRow]:
-    return [TensorRow(name, entry.dtype, list(entry.shape), entry.path.name) for name, entry in folder.weights.items()]
+    found = sorted(place.iterdir()) if place.is_dir() else [place]
+    return {printable(path.name): path.stat().st_size for path in found if path.is_file()}
 
 
 def _runs(mixers: list[str]) -> list[tuple[str, str]]:

@@ -125,8 +125,8 @@ VERBS = (
         "radlads.cli.inspect_",
         "InspectOptions",
         "inspect_model",
-        "Say what a model folder holds: layers, shapes, state, history. Runs none of its code.",
-        ("radlads inspect student", "radlads inspect student --tensors --json"),
+        "Say what a model of any format holds: layers, shapes, state, history; or how two differ. Runs none of its code.",
+        ("radlads inspect student --tensors", "radlads inspect teacher.gguf --json", "radlads inspect student --diff student-4bit"),
         aliases=("show",),
     ),
     Verb(

@@ -47,3 +47,26 @@ def test_broken_folder_is_one_line(radlads, tmp_path):
     (tmp_path / "config.json").write_text("{")
     outcome = radlads("inspect", tmp_path)
     assert outcome.status == 2 and outcome.err.startswith("error: R204") and outcome.err.count("\n") == 1
+
+
+def test_every_format_is_inspected_and_compared(radlads, student, tmp_path):
+    assert radlads("convert", student, "--to", "pth", "--output-dir", tmp_path / "pth").status == 0
+    assert radlads("convert", student, "--to", "mlx", "-q", "--output-dir", tmp_path / "mlx").status == 0
+    found = json.loads(radlads("inspect", tmp_path / "pth", "--diff", student, "--json").out)
+    count = len(open_folder(student).spec.tensors())
+    assert found["format"] == "pth" and found["stage"] == 0 and found["diff"]["same"] and found["diff"]["equal"] == count
+    found = json.loads(radlads("inspect", student, "--diff", tmp_path / "mlx", "--json").out)
+    rows = {row["name"]: row for row in found["diff"]["tensors"]}
+    assert not found["diff"]["same"] and found["diff"]["settings"] == [] and found["diff"]["equal"] == count - len(rows)
+    up = rows["model.layers.0.mlp.up_proj.weight"]
+    assert up["what"] == "values" and 0.01 < up["relative"] < 0.2 and up["largest"] > 0
+    page = radlads("inspect", student, "--diff", tmp_path / "mlx").out
+    assert "largest gap" in page and "up_proj" in page and "4-bit" in radlads("inspect", tmp_path / "mlx").out
+    other = radlads("inspect", student, "--diff", tmp_path / "nothing")
+    assert other.status == 2 and other.err.startswith("error: R201")
+
+
+def test_settings_and_tensors_that_only_one_has_are_told(radlads, student, teacher):
+    found = json.loads(radlads("inspect", teacher, "--diff", student, "--json").out)["diff"]
+    assert "model.layers.1.self_attn.w0" in found["only_right"] and found["only_left"] == []
+    assert ["mixers", ["softmax", "softmax"], ["softmax", "rwkv7"]] in found["settings"]

@@ -199,13 +199,22 @@ def test_nonfinite_weights_are_refused_by_name_but_not_where_no_model_reads_them
     assert caught.value.code == "R207" and not [path for path in tmp_path.iterdir() if "refused" in path.name]
 
 
+def two_files(path: Path) -> Path:
+    """A folder with two files that could be the model."""
+    path.mkdir()
+    for name in ("a.gguf", "b.pth"):
+        (path / name).touch()
+    return path
+
+
 def test_what_is_no_model_and_outputs_that_would_hurt_are_refused(tmp_path: Path) -> None:
     source = tiny_teacher(tmp_path / "teacher")
     (tmp_path / "text").write_text("hello")
     (tmp_path / "empty").mkdir()
     cases: list[tuple[str, Any]] = [
         ("R201.*neither a GGUF file", lambda: recognise(tmp_path / "text")),
-        ("R201.*no weights", lambda: recognise(tmp_path / "empty")),
+        ("R201.*config.json", lambda: open_source(tmp_path / "empty")),
+        ("R201.*2 weights files", lambda: recognise(two_files(tmp_path / "two"))),
         ("R401.*lies in the input", lambda: convert(source, source / "inside", "hf")),
         ("R401.*the folder exists", lambda: convert(source, shutil.copytree(source, tmp_path / "old"), "hf")),
         ("R101.*Quantise with --to mlx", lambda: convert(source, tmp_path / "x", "hf", writing=Writing(bits=4))),

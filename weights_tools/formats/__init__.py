@@ -32,12 +32,14 @@ def recognise(path: Path) -> tuple[str, Path]:
 
 
 def only_file(folder: Path) -> tuple[str, Path]:
-    """The one GGUF or PyTorch file of a folder without safetensors; R201 for none or several."""
+    """The one GGUF or PyTorch file of a folder without safetensors, R201 for several; none is for `hf` to complain about."""
     found = sorted(path for path in folder.iterdir() if path.suffix in (".gguf", ".pth", ".pt", ".bin") and path.is_file())
-    if len(found) == 1:
-        return recognise(found[0])
-    why = f"it holds {len(found)} weights files, and none of safetensors" if found else "it holds no weights"
-    raise fail("R201", where=folder, why=why, fix="Name one file" if found else "Give the folder that holds the weights")
+    if not found:
+        return hf.NAME, folder
+    if len(found) > 1:
+        why = f"it holds {len(found)} weights files, and none of safetensors"
+        raise fail("R201", where=folder, why=why, fix="Name one of the files")
+    return recognise(found[0])
 
 
 def open_source(path: Path | str, reading: Reading | None = None) -> Source:

@@ -23,12 +23,13 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file has it: name, type in the format's own spelling, shape, file."""
+    """A tensor as its file has it: name, type in the format's own spelling, shape, file, bytes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
+    nbytes: int
 
 
 @dataclass(frozen=True)

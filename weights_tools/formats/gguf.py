@@ -80,7 +80,7 @@ def read(path: Path, reading: Reading) -> Source:
         layout=f"{arch}, {', '.join(kinds)}",
         spec=spec,
         tensors=fit(path, spec, tensors),
-        stored=[StoredTensor(entry.name, entry.type, entry.shape, path.name) for entry in file.tensors.values()],
+        stored=[StoredTensor(entry.name, entry.type, entry.shape, path.name, entry.nbytes) for entry in file.tensors.values()],
         inputs=(path,),
         config={**config, **tokenizer.token_ids(meta), **table(meta, "radlads.config", path)},
         files=tokenizer.files_of(meta, path),

@@ -30,7 +30,7 @@ def read(path: Path, reading: Reading) -> Source:
     """A model folder with float weights; R2xx where it is broken."""
     folder = open_folder(path, variant=reading.variant, config_from=reading.config)
     kind = folder.config.get("model_type", "")
-    rows = [StoredTensor(name, entry.dtype, entry.shape, entry.path.name) for name, entry in folder.weights.items()]
+    rows = [StoredTensor(name, entry.dtype, entry.shape, entry.path.name, entry.nbytes) for name, entry in folder.weights.items()]
     return Source(
         path=folder.path,
         format=NAME,

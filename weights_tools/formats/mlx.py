@@ -41,7 +41,7 @@ def read(path: Path, reading: Reading) -> Source:
         layout=f"{settings['bits']}-bit, groups of {settings['group_size']}",
         spec=spec,
         tensors=tensors,
-        stored=[StoredTensor(name, entry.dtype, entry.shape, entry.path.name) for name, entry in entries.items()],
+        stored=[StoredTensor(name, entry.dtype, entry.shape, entry.path.name, entry.nbytes) for name, entry in entries.items()],
         inputs=tuple(sorted({entry.path for entry in entries.values()})),
         config=config,
         files={file.name: file for file in inherited(folder) if file.name not in ENTRIES},

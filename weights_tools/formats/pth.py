@@ -64,7 +64,7 @@ def read(path: Path, reading: Reading) -> Source:
         layout="OpenMOSE's names" if blocks else "upstream's names",
         spec=found.spec,
         tensors=fit(path, found.spec, {name: tensor for name, tensor in named.items() if name not in found.ignored}),
-        stored=[StoredTensor(name, entry.dtype, entry.shape, path.name) for name, entry in entries.items()],
+        stored=[StoredTensor(name, entry.dtype, entry.shape, path.name, entry.nbytes) for name, entry in entries.items()],
         inputs=(path,),
         config=config,
         files={file.name: file for file in inherited(folder) if file.name not in ENTRIES} if beside else companions(place.parent),
