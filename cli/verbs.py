@@ -126,7 +126,7 @@ VERBS = (
         "InspectOptions",
         "inspect_model",
         "Say what a model of any format holds: layers, shapes, state, history; or how two differ. Runs none of its code.",
-        ("radlads inspect student --tensors", "radlads inspect teacher.gguf --json", "radlads inspect student --diff student-4bit"),
+        ("radlads inspect student", "radlads inspect teacher.gguf --json", "radlads inspect student --diff student-4bit"),
         aliases=("show",),
     ),
     Verb(

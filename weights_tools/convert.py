@@ -50,10 +50,10 @@ def convert(
     if writing.bits is not None and target != "mlx":
         raise fail("R101", where="--quantize", why=f"{target} is written in floats here", fix="Quantise with --to mlx")
     key = work_key(source, writing, target, allow_nonfinite)
-    for notice in source.notices:
-        say(notice)
     guarded = replace(source, tensors=checked(source, source.tensors, allow_nonfinite, say))
     output_plan = FORMATS[target].plan(guarded, writing, key)
+    for notice in (*source.notices, *output_plan.notices):
+        say(notice)
     nbytes = sum(file.nbytes for file in output_plan.files)
     if is_done(final, output_plan, key, writing.single):
         return Conversion(source, final, False, nbytes)

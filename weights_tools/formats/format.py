@@ -91,6 +91,7 @@ class Output:
 
     files: list[OutputFile]
     small_files: Callable[[Mapping[str, str]], Mapping[str, bytes | Path]] = lambda hashes: {}
+    notices: tuple[str, ...] = ()  # what the output does not say or do
 
 
 class Format(Protocol):

@@ -1,6 +1,8 @@
 """Names and layouts of GGUF for the three teacher architectures and for rwkv6qwen2, as llama.cpp reads them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +10,11 @@ from radlads.spec import ModelSpec
 from radlads.tensors import Raw
 from radlads.weights_tools.lazy import Lazy, small
 from radlads.weights_tools.rules import SAME, Rule, Transform, reshaped
+
+RWKV6 = "rwkv6qwen2"
+# Architecture of each teacher family that is read and written.
+TEACHERS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ROPE_FREQS = "rope_freqs.weight"
 
 LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
 ATTENTION = LAYER + "self_attn."
@@ -109,3 +116,16 @@ def rwkv6qwen2_rules(spec: ModelSpec) -> list[Rule]:
         Rule(ATTENTION + "time_decay_w1", mix + "decay_w1.weight", TRANSPOSED),
         Rule(ATTENTION + "time_decay_w2", mix + "decay_w2.weight", TRANSPOSED),
     ]
+
+
+def rules_of(spec: ModelSpec) -> list[Rule]:
+    """The table of a spec that GGUF can hold."""
+    return rwkv6qwen2_rules(spec) if spec.recurrent else teacher_rules(spec)
+
+
+def rope_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> Raw:
+    """What divides each RoPE frequency under Llama 3's scaling, (head_dim / 2,) float32."""
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = np.clip((scaling["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
