@@ -21,6 +21,7 @@ FLAGS = {
     "rwkv6": ("rwkv6", (), {}),
     "rwkv7-hybrid": ("rwkv7", (1,), {}),
     "rwkv6-hybrid": ("rwkv6", (0,), {}),
+    "hxa079-hybrid": ("hxa079", (1,), {}),
 }
 
 
@@ -96,6 +97,7 @@ def test_loss_has_a_gradient(stock: torch.nn.Module) -> None:
     assert torch.isfinite(loss) and gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("student", ["rwkv7", "hxa079-hybrid"], indirect=True)
 def test_needs_no_radlads(student: ModelFolder, tmp_path: Path) -> None:
     """In a process where radlads cannot be imported."""
     code = f"""

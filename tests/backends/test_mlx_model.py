@@ -202,8 +202,9 @@ def test_gradient_equals_the_oracle_slope(name):
     assert found == pytest.approx(slope(), rel=1e-4)
 
 
-def test_state_keeps_its_size_and_float32():
-    model, _ = build("rwkv7 C")
+@pytest.mark.parametrize("name", ["rwkv7 C", "hxa079"])
+def test_state_keeps_its_size_and_float32(name):
+    model, _ = build(name)
     half = Model(model.args)
     half.update(tree_unflatten([(key, x.astype(mx.bfloat16)) for key, x in tree_flatten(model.parameters())]))
     cache = half.make_cache()

@@ -136,8 +136,9 @@ def difference(found: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) ->
     return float((found - wanted).detach().norm()) / max(float(wanted.detach().norm()), floor)
 
 
-def test_bfloat16_keeps_the_state_in_float32() -> None:
-    spec = replace(QWEN3, num_layers=1, mixers=()).as_student("rwkv7")
+@pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7", "hxa079", "hxa07b"])
+def test_bfloat16_keeps_the_state_in_float32(mixer: str) -> None:
+    spec = replace(QWEN3, mixers=()).as_student(mixer)
     model = model_of(spec, random_weights(spec)).to(torch.bfloat16)
     logits, state = model(torch.tensor([[1, 2, 3]]))
     assert logits.dtype == torch.bfloat16 and state.layers[0]["wkv"].dtype == torch.float32
