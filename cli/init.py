@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from radlads.cli.options import arg, opt
+from radlads.cli.options import StudentArch, arg, opt
 from radlads.cli.render import Table, note
 from radlads.errors import fail
 
@@ -23,9 +23,7 @@ class InitOptions:
     """Which student to make of which teacher."""
 
     teacher: str = arg("Folder of the teacher.", metavar="TEACHER", flag="--teacher")
-    student_arch: Literal["rwkv6", "rwkv7", "hxa079", "hxa07a", "hxa07b", "hxa07c"] = opt(
-        "rwkv7", "Recurrent mixer of the student."
-    )
+    student_arch: StudentArch = opt("rwkv7", "Recurrent mixer of the student.")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of RAD-RWKV7; C is the newest.")
     keep_softmax: str = opt("", "Layers that keep softmax attention.", metavar="3,7,11")
     set: list[str] = opt([], "Flag of the mixer, such as student.gate=full; may be given several times.", metavar="KEY=VALUE")

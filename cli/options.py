@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from radlads.sampling import Sampling
     from radlads.tokenizer import Tokenizer
 
+StudentArch = Literal["rwkv6", "rwkv7", "hxa079", "hxa07a", "hxa07b", "hxa07c"]
+
 
 def arg(help: str, *, metavar: str, default: Any = MISSING, flag: str | None = None) -> Any:
     """A positional argument; `flag` is a second, hidden spelling of it."""

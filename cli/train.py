@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from radlads.cli.options import arg, opt
+from radlads.cli.options import StudentArch, arg, opt
 from radlads.cli.render import Table
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ class TrainOptions:
     recipe: str | None = arg("Name of a built-in recipe or a YAML file; tiny without one.", metavar="RECIPE", default=None)
     teacher: str | None = opt(None, "Folder of the teacher, instead of the recipe's.", metavar="DIR")
     student: str | None = opt(None, "Go on from this student folder instead of a new transfer.", metavar="DIR")
-    student_arch: Literal["rwkv6", "rwkv7", "hxa079", "hxa07a", "hxa07b", "hxa07c"] | None = opt(
-        None, "Mixer of the student, instead of the recipe's."
-    )
+    student_arch: StudentArch | None = opt(None, "Mixer of the student, instead of the recipe's.")
     measure_difficulty: bool = opt(
         False, "Run step 1 alone, in every layer, and say which layers are the hardest to convert.", "--measure-difficulty"
     )

@@ -120,12 +120,17 @@ def test_public_names_exist() -> None:
 
 
 def test_registers_agree() -> None:
+    from typing import get_args
+
     from radlads.backends.mlx.mixers import MLX_MIXERS
     from radlads.backends.torch.mixers.register import TORCH_MIXERS
+    from radlads.cli.options import StudentArch
     from radlads.mixers import MIXERS
     from radlads.oracle import ORACLES
+    from radlads.spec import DEFAULT_OPTIONS
 
     assert set(MIXERS) == set(ORACLES) == set(TORCH_MIXERS) == set(MLX_MIXERS)
+    assert {name for name in MIXERS if MIXERS[name].recurrent} == set(DEFAULT_OPTIONS) == set(get_args(StudentArch))
 
 
 def test_error_codes_are_known() -> None:
