@@ -22,6 +22,7 @@ HELP = """\
 /undo               take back the last message and its answer
 /retry              answer the last message again
 /fork               keep this point of the conversation; /fork N goes back to the kept point N
+/save FILE          keep the conversation in a file; /load FILE takes it up again
 /tokens             length of the conversation and size of the state
 /stats              speed of the last answer; after each answer from now on, or no more
 /exit, /bye, q      leave
@@ -41,6 +42,7 @@ class ChatOptions(ModelOptions, SamplingOptions):
     max_tokens: int = opt(512, "Tokens of one answer at most.", "--max-tokens", "-m")
     system_prompt: str | None = opt(None, "System prompt, for models with a chat template.", metavar="TEXT")
     stats: bool = opt(False, "Show the speed after each answer.", "--stats")
+    load_state: str | None = opt(None, "Go on with the conversation in this file.", metavar="FILE")
 
 
 @dataclass
@@ -57,10 +59,14 @@ class ChatResult:
 def chat(options: ChatOptions) -> ChatResult:
     """Talk with a model until the input ends; KeyboardInterrupt when Ctrl-C comes twice."""
     from radlads.session import Session
+    from radlads.states import model_fingerprint
 
     sampling = options.sampling()
     folder, tokenizer, engine = options.open()
     session = Session(engine, tokenizer, sampling, options.max_tokens, options.system_prompt)
+    fingerprint = model_fingerprint(folder)
+    if options.load_state is not None:
+        restore(session, options.load_state, fingerprint)
     screen = Screen()
     spec = folder.spec
     recurrent = spec.L - len(spec.kept_layers)
@@ -71,7 +77,7 @@ def chat(options: ChatOptions) -> ChatResult:
     )
     if session.plain:
         screen.say("note: this model has no chat template; it continues the text you write")
-    return Chat(session, screen, options.stats).run()
+    return Chat(session, screen, options.stats, fingerprint).run()
 
 
 @dataclass
@@ -81,6 +87,7 @@ class Chat:
     session: "Session"
     screen: Screen
     stats: bool = False
+    fingerprint: str = ""  # of the model, for the files of /save and /load
     forks: list["Session"] = field(default_factory=list)
     turns: int = 0
 
@@ -122,6 +129,8 @@ class Chat:
             "/undo": self.undo,
             "/retry": lambda _: self.answer(self.session.retry()),
             "/fork": self.fork,
+            "/save": self.save,
+            "/load": self.load,
             "/tokens": self.tokens,
             "/stats": self.toggle_stats,
         }
@@ -186,6 +195,31 @@ class Chat:
             why = f"there is no such point, {len(self.forks)} are kept"
             raise fail("R101", where=f"/fork {text}", why=why, fix="Keep one with /fork, go back with /fork N")
 
+    def save(self, file: str) -> None:
+        """Keep the conversation in a file."""
+        from radlads.states import save_state
+
+        session = self.session
+        point = session.point()
+        follows = "text" if session.plain else "answer"
+        written = save_state(
+            path_of(file, "/save"),
+            session.engine,
+            point,
+            self.fingerprint,
+            follows=follows,
+            session=session.record(),
+            token_ids=session.ids,
+        )
+        self.screen.say(f"kept {len(session.turns)} messages in {file} ({size(written)})")
+
+    def load(self, file: str) -> None:
+        """Take up a conversation from a file, or change nothing if that fails."""
+        session = self.session.fork()
+        restore(session, path_of(file, "/load"), self.fingerprint)
+        self.session = session
+        self.screen.say(f"taken up: {len(session.turns)} messages, {len(session.ids):,} tokens")
+
     def tokens(self, _: str) -> None:
         """Show the length of the conversation and the size of the state."""
         spec = self.session.engine.spec
@@ -197,6 +231,26 @@ class Chat:
         self.stats = not self.stats
         last = f"; last answer: {speed(self.session.last)}" if self.session.last is not None else ""
         self.screen.say(f"stats {'on' if self.stats else 'off'}{last}")
+
+
+def path_of(file: str, command: str) -> str:
+    """The file a command names. R101 without one."""
+    if not file:
+        raise fail("R101", where=command, why="it needs a file", fix=f"Write for example `{command} talk.state`")
+    return file
+
+
+def restore(session: "Session", file: str, fingerprint: str) -> None:
+    """Take up the conversation of a file. R201, R202 or R304 when the file cannot be used."""
+    from radlads.states import load_state, unusable
+
+    saved = load_state(file, fingerprint)
+    if saved.session is None:
+        raise unusable(file, "it is a bare state, not a conversation", "Use it with `radlads generate --load-state`")
+    try:
+        session.restore(saved.point(session.engine), saved.token_ids, saved.session)
+    except (ValueError, TypeError, KeyError) as error:
+        raise unusable(file, str(error) or "the conversation in it is damaged", "Save the conversation again") from None
 
 
 def speed(answer: "Generation") -> str:

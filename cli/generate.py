@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from radlads.cli.options import ModelOptions, SamplingOptions, opt
+from radlads.cli.options import ModelOptions, SamplingOptions, StateOptions, opt
 from radlads.errors import fail
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GenerateOptions(ModelOptions, SamplingOptions):
+class GenerateOptions(ModelOptions, SamplingOptions, StateOptions):
     """What to write, and how long."""
 
     prompt: str | None = opt(None, "The prompt; - reads it from stdin.", "--prompt", "-p", metavar="TEXT")
@@ -57,20 +57,29 @@ class GenerateResult:
 def generate(options: GenerateOptions, write: Callable[[str], None] | None = None) -> GenerateResult:
     """Write text from a prompt; `write` gets each piece as it is made."""
     from radlads.cli.render import note
-    from radlads.session import stream
+    from radlads.session import Context, Generation
 
     sampling = options.sampling()
-    prompt = _prompt(options.prompt)
-    folder, tokenizer, engine = options.open()
-    prompt_ids = _prompt_ids(tokenizer, prompt, options)
+    prompt = prompt_text(options.prompt, "radlads generate")
+    opened = options.open()
+    folder, tokenizer, engine = opened
+    loaded = options.loaded(opened)
+    context = Context(engine, None if loaded is None else loaded.point(engine))
+    prompt_ids = _prompt_ids(tokenizer, prompt, options, None if loaded is None else loaded.follows)
     if not tokenizer.has_chat_template and not options.ignore_chat_template:
         note("note: this model has no chat template; the prompt is continued as plain text")
-    generation = stream(engine, tokenizer, prompt_ids, sampling, options.max_tokens, options.stop)
+    generation = Generation(context, tokenizer, prompt_ids, sampling, options.max_tokens, options.stop)
     for piece in generation:
         if write is not None:
             write(piece)
     if write is not None:
         write("\n")
+    if options.save_state is not None:
+        from radlads.states import model_fingerprint, save_state
+
+        point, _ = context.reach(prompt_ids + generation.token_ids)
+        follows = "answer" if tokenizer.has_chat_template and not options.ignore_chat_template else "text"
+        save_state(options.save_state, engine, point, model_fingerprint(folder), follows=follows)
     result = GenerateResult(
         text=generation.text,
         token_ids=generation.token_ids,
@@ -101,22 +110,30 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _prompt(given: str | None) -> str:
+def prompt_text(given: str | None, where: str) -> str:
+    """The prompt given on the command line or, without one or for "-", what stdin holds."""
     if given is not None and given != "-":
         return given
     if given is None and sys.stdin.isatty():
-        raise fail("R101", where="radlads generate", why="there is no prompt", fix='Give one with -p "...", or pipe it in')
+        raise fail("R101", where=where, why="there is no prompt", fix='Give one with -p "...", or pipe it in')
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise fail("R301", where="stdin", why=f"not UTF-8 at byte {error.start}", fix="Send the prompt as UTF-8 text") from None
 
 
-def _prompt_ids(tokenizer: "Tokenizer", prompt: str, options: GenerateOptions) -> list[int]:
-    if tokenizer.has_chat_template and not options.ignore_chat_template:
+def _prompt_ids(tokenizer: "Tokenizer", prompt: str, options: GenerateOptions, follows: str | None) -> list[int]:
+    """Ids of the prompt, in the chat template where there is one; after a state, what is left of the template."""
+    templated = tokenizer.has_chat_template and not options.ignore_chat_template
+    if options.system_prompt and (not templated or follows is not None):
+        why = "after a state it comes too late" if follows else "without a chat template a system prompt has no place"
+        raise fail("R101", where="--system-prompt", why=why, fix="Put the instructions into the prompt")
+    if templated and follows in ("question", "answer"):
+        from radlads.data.chat import script_of
+
+        script = script_of(tokenizer.chat, options.model)
+        return tokenizer.encode((script.again if follows == "answer" else "") + prompt + script.answer)
+    if templated and follows is None:
         system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
         return tokenizer.encode(tokenizer.chat([*system, {"role": "user", "content": prompt}]))
-    if options.system_prompt:
-        why = "without a chat template a system prompt has no place"
-        raise fail("R101", where="--system-prompt", why=why, fix="Put the instructions into the prompt")
-    return tokenizer.encode(prompt, add_special=True)
+    return tokenizer.encode(prompt, add_special=follows is None)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from radlads.engine import Engine
     from radlads.folder import ModelFolder
     from radlads.sampling import Sampling
+    from radlads.states import SavedState
     from radlads.tokenizer import Tokenizer
 
 StudentArch = Literal["rwkv6", "rwkv7", "hxa079", "hxa07a", "hxa07b", "hxa07c"]
@@ -70,6 +71,22 @@ class ModelOptions:
             note(f"note: {notice}")
         tokenizer = Tokenizer(folder.path, vocab_size=folder.spec.vocab_size)
         return OpenModel(folder, tokenizer, open_engine(folder, backend=self.backend, dtype=self.dtype))
+
+
+@dataclass(kw_only=True)
+class StateOptions:
+    """Where a model's state comes from and goes to."""
+
+    load_state: str | None = opt(None, "Go on from the state in this file.", panel="State", metavar="FILE")
+    save_state: str | None = opt(None, "Write the state after the last token to this file.", panel="State", metavar="FILE")
+
+    def loaded(self, opened: OpenModel) -> "SavedState | None":
+        """The state to go on from, None without one. R201, R202 or R304 when the file cannot be used."""
+        if self.load_state is None:
+            return None
+        from radlads.states import load_state, model_fingerprint
+
+        return load_state(self.load_state, model_fingerprint(opened.folder))
 
 
 @dataclass(kw_only=True)

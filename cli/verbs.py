@@ -120,6 +120,19 @@ VERBS = (
         streams=True,
     ),
     Verb(
+        "cache",
+        USE,
+        "radlads.cli.cache",
+        "CacheOptions",
+        "cache",
+        "Read a long prompt once and keep the model's state after it, a file of a fixed size.",
+        (
+            "cat report.txt | radlads cache student -o report.state",
+            "radlads generate student --load-state report.state -p 'Sum it up.'",
+        ),
+        aliases=("cache-prompt",),
+    ),
+    Verb(
         "inspect",
         CHECK,
         "radlads.cli.inspect_",

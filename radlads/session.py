@@ -7,9 +7,10 @@ Knows only the Engine protocol: no backend, no terminal.
 import copy
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,22 +32,29 @@ class Point(NamedTuple):
 
 
 class Context:
-    """One sequence of ids and the last few points along it; going back to a kept point costs nothing."""
+    """One sequence of ids and the last few points along it; going back to a kept point costs nothing.
+
+    With a `base`, from a state file, the sequence goes on from there: its ids are those after the base.
+    """
 
     KEPT = 4
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, base: Point | None = None) -> None:
         self.engine = engine
+        self.base = base
         self._ids: list[int] = []
         self._points: deque[Point] = deque(maxlen=self.KEPT)
 
     def reach(self, ids: Sequence[int]) -> tuple[Point, int]:
-        """The point after `ids` (at least one), and how many of them had to be fed."""
+        """The point after `ids` (at least one, unless there is a base), and how many of them had to be fed."""
         ids = list(ids)
         while self._points and not self._leads_to(self._points[-1], ids):
             self._points.pop()
+        logits: Logits | None
         if self._points:
             length, logits, state = self._points[-1]
+        elif self.base is not None:
+            length, logits, state = 0, self.base.logits, self.base.state
         else:
             length, logits, state = 0, None, self.engine.start()
         for first in range(length, len(ids), PREFILL_STEP):
@@ -67,7 +75,7 @@ class Context:
 
     def fork(self) -> "Context":
         """A second context from here on; the states are shared, as they never change."""
-        twin = Context(self.engine)
+        twin = Context(self.engine, self.base)
         twin._ids, twin._points = list(self._ids), self._points.copy()
         return twin
 
@@ -91,7 +99,7 @@ class Generation:
         stop: Sequence[str] = (),
         rng: np.random.Generator | None = None,
     ) -> None:
-        if not prompt_ids:
+        if not prompt_ids and context.base is None:
             why = "it is empty, and the model has no begin-of-text token"
             raise fail("R101", where="prompt", why=why, fix="Give some text")
         if max_tokens < 1:
@@ -251,6 +259,27 @@ class Session:
         twin.turns, twin.ids = list(self.turns), list(self.ids)
         twin.context, twin.rng = self.context.fork(), copy.deepcopy(self.rng)
         return twin
+
+    def point(self) -> Point:
+        """The model after all that was said. R101 when nothing was."""
+        if not self.ids:
+            raise fail("R101", where="/save", why="nothing was said yet", fix="Say something first")
+        return self.context.reach(self.ids)[0]
+
+    def record(self) -> dict[str, Any]:
+        """What a session file keeps beside the state and the ids: texts and turns, as JSON values."""
+        return {"system": self.system, "text": self.text, "turns": [asdict(turn) for turn in self.turns]}
+
+    def restore(self, point: Point, ids: Sequence[int], record: Mapping[str, Any]) -> None:
+        """Take up a conversation where `record`, `ids` and `point` left it. ValueError when they do not fit together."""
+        turns = [Turn(**turn) for turn in record["turns"]]
+        marks = [(0, 0), *((turn.ids_before, turn.text_before) for turn in turns), (len(ids), len(record["text"]))]
+        in_order = all(a <= c and b <= d for (a, b), (c, d) in pairwise(marks))
+        if point.length != len(ids) or not in_order or not isinstance(record["text"], str):
+            raise ValueError("the turns, the ids and the state do not fit together")
+        self.turns, self.ids, self.text, self.system, self.last = turns, list(ids), record["text"], record["system"], None
+        self.context = Context(self.engine)
+        self.context.keep(ids, point)
 
     def reset(self) -> None:
         """Forget everything said; the system prompt and the settings stay."""
