@@ -33,6 +33,8 @@ class PrepareOptions:
     text_field: str | None = opt(
         None, "Field of a row that holds its text or its messages; without it text, messages or conversations.", metavar="NAME"
     )
+    skip: int = opt(0, "Documents of each source to pass over.")
+    take: int | None = opt(None, "Documents of each source to read at most.")
     num_proc: int | None = opt(None, "Processes that tokenise; without it one for each processor, for large input.")
     subset: str | None = opt(None, "Subset (configuration) of a dataset.", panel=DATASETS, metavar="NAME")
     split: str = opt("train", "Split of a dataset.", panel=DATASETS)
@@ -86,9 +88,12 @@ def prepare(options: PrepareOptions) -> PrepareResult:
     from radlads.data.sources import Source
     from radlads.tokenizer import Tokenizer
 
+    if options.skip < 0 or (options.take is not None and options.take < 1):
+        why = f"{options.skip} and {options.take} choose no documents"
+        raise fail("R101", where="--skip, --take", why=why, fix="Give numbers of documents")
     tokenizer = Tokenizer(options.tokenizer)
-    of_dataset = (options.subset, options.split, options.revision, options.streaming)
-    sources = [Source(name, options.text_field, *of_dataset) for name in options.sources]
+    rest = (options.subset, options.split, options.revision, options.streaming, options.skip, options.take)
+    sources = [Source(name, options.text_field, *rest) for name in options.sources]
     out, processes = options.output_dir, options.num_proc
     with progress("tokenising") as report:
         store = prepare_store(sources, tokenizer, out, eos_id=tokenizer.eos_id, processes=processes, progress=report)

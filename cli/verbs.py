@@ -55,9 +55,10 @@ VERBS = (
         "radlads.cli.prepare",
         "PrepareOptions",
         "prepare",
-        "Turn text or JSONL files into tokens for training, or sample the text from a model.",
+        "Turn texts, conversations and datasets into tokens for training, or sample the text from a model.",
         (
             "radlads prepare books.txt.xz chats.jsonl --tokenizer Qwen3-0.6B --output-dir data/books",
+            "radlads prepare hf:HuggingFaceFW/fineweb --streaming --take 100000 --tokenizer Qwen3-0.6B --output-dir data/web",
             "radlads prepare --sample-from Qwen3-0.6B --tokens 1000000 --output-dir data/sampled",
         ),
         aliases=("tokenize", "preprocess"),

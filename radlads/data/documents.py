@@ -54,11 +54,13 @@ OPENERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
 
 def kind_of(path: Path) -> str:
     """Kind of a file, one of KINDS, by its name without .xz, .gz or .zst. Raises R301 for anything else."""
+    if not path.exists():
+        raise bad(path, "there is no such file", "Check the path")
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in KINDS:
         raise bad(path, f"a name ending in {kind!r} is not known", "Use .txt or .jsonl, also with .xz, .gz or .zst, or .parquet")
     if not path.is_file():
-        raise bad(path, "there is no such file" if not path.exists() else "it is no regular file", "Check the path")
+        raise bad(path, "it is no regular file", "Check the path")
     return kind
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,10 +52,45 @@ def test_real_sampling_is_seeded(radlads, teacher, tmp_path):
     assert stores[0] == stores[1] != stores[2]
 
 
+def test_conversations_are_sampled_by_the_template(radlads, teacher, tmp_path):
+    pytest.importorskip("torch")
+    words = ["--chat", "--tokens", 4000, "--seq-len", 400, "--temp", 1.2, "--json"]
+    found = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        done = radlads("prepare", "--sample-from", teacher, *words, "--seed", seed, "--output-dir", tmp_path / name)
+        found.append(json.loads(done.out))
+    first, again, other = (Path(result["text"]).read_text() for result in found)
+    assert first == again != other
+    talks = [json.loads(line)["messages"] for line in first.splitlines()]
+    assert talks and all([m["role"] for m in talk] == ["user", "assistant"] * (len(talk) // 2) for talk in talks)
+    store = TokenStore(found[0]["store"])
+    assert 0 < found[0]["counted"] < found[0]["tokens"] and store.header["documents"] == len(talks)
+
+
+def test_a_conversation_is_fed_as_the_template_writes_it(teacher, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from radlads.backends.torch import sample
+    from radlads.backends.torch.load import load_model
+    from radlads.folder import open_folder
+
+    model, said = load_model(open_folder(teacher)), iter([21, 22, 2, 99, 99, 31, 2, 99, 99, 41, 42, 2, 99, 51])
+    turns = sample.Turns([5, 6], [2, 7], [2, 8], frozenset({0, 2}))
+    fed = []
+    monkeypatch.setattr(sample, "draw", lambda *_: torch.tensor([[next(said)]]))
+    model.model.register_forward_pre_hook(lambda module, inputs: fed.extend(inputs[0][0].tolist()))
+    (found,) = sample.converse(model, turns, 16, 1, 1.0, torch.Generator())
+    # What is drawn while the template's tokens are due is passed over: 2 begins them, then comes the rest.
+    assert fed == [5, 6, 21, 22, 2, 7, 99, 31, 2, 8, 99, 41, 42, 2, 7]
+    assert found == [[21, 22], [99, 31], [99, 41, 42]]
+
+
 @pytest.mark.parametrize(
     "words, code",
     [
         ((), "R101"),
+        (("--sample-from", "TEACHER", "--chat", "--prompt", "x"), "R101"),
+        (("--sample-from", "TEACHER", "--chat", "--seq-len", "5"), "R101"),
+        (("a.txt", "--tokenizer", "TEACHER", "--take", "0"), "R101"),
         (("a.txt", "--sample-from", "m"), "R101"),
         (("a.txt",), "R101"),
         (("missing.txt", "--tokenizer", "TEACHER"), "R301"),
