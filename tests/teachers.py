@@ -19,6 +19,9 @@ TEACHERS = {
     "Qwen/Qwen2.5-32B-Instruct": QWEN25_32B,
     "Qwen/QwQ-32B": QWEN25_32B,
     "Qwen/Qwen2.5-72B-Instruct": spec_of("qwen2", (8192, 29568, 80, 64, 8, 128, 152064), rope_theta=1e6, qkv_bias=True),
+    "Qwen/Qwen3-0.6B": spec_of(
+        "qwen3", (1024, 3072, 28, 16, 8, 128, 151936), rope_theta=1e6, qk_norm=True, tie_embeddings=True
+    ),
     "Qwen/Qwen3-8B": spec_of("qwen3", (4096, 12288, 36, 32, 8, 128, 151936), rope_theta=1e6, qk_norm=True),
     "Qwen/Qwen3-14B": spec_of("qwen3", (5120, 17408, 40, 40, 8, 128, 151936), rope_theta=1e6, qk_norm=True),
     "Qwen/Qwen3-32B": spec_of("qwen3", (5120, 25600, 64, 64, 8, 128, 151936), rope_theta=1e6, qk_norm=True),

@@ -30,6 +30,7 @@ TEACHER_TOTALS = {
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/QwQ-32B": 32_763_876_352,
     "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-14B": 14_768_307_200,
     "Qwen/Qwen3-32B": 32_762_123_264,
