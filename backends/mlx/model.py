@@ -3,7 +3,7 @@
 Entry of the file that stock mlx-lm loads: it exports `Model` and `ModelArgs` and uses mlx-lm's own cache classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,18 @@ class Model(nn.Module):
     def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         """Token ids (B, T) to logits (B, T, V); the cache is moved on in place."""
         return self.head(self.model(tokens, cache))
+
+    def packed(self, tokens: mx.array, lengths: Sequence[int]) -> mx.array:
+        """Logits (1, T, V) of sequences of these lengths, packed into tokens (1, T): each as if it stood alone.
+
+        They become rows of one batch: what fills a row's end changes nothing before it.
+        """
+        longest, first, rows = max(lengths), 0, []
+        for length in lengths:
+            rows.append(mx.pad(tokens[0, first : first + length], (0, longest - length)))
+            first += length
+        hidden = self.model(mx.stack(rows))
+        return self.head(mx.concatenate([hidden[row, :length] for row, length in enumerate(lengths)])[None])
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., D) to logits (..., V)."""

@@ -202,6 +202,28 @@ def test_gradient_equals_the_oracle_slope(name):
     assert found == pytest.approx(slope(), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["rwkv6 hybrid", "rwkv7 C", "hxa079 hybrid"])
+def test_packed_equals_separate_with_gradients(name):
+    model, _ = build(name)
+    pieces = [mx.array(tokens_of(n, seed=n))[None] for n in (23, 9, 1)]
+    weight = mx.random.normal((33, 61), key=mx.random.key(0))
+
+    def packed(parameters):
+        model.update(parameters)
+        return (model.packed(mx.concatenate(pieces, axis=1), [23, 9, 1])[0] * weight).sum()
+
+    def separate(parameters):
+        model.update(parameters)
+        return (mx.concatenate([model(piece)[0] for piece in pieces]) * weight).sum()
+
+    parameters = tree_map(lambda x: x, model.parameters())
+    (found, gradient), (expected, slope) = (mx.value_and_grad(f)(parameters) for f in (packed, separate))
+    model.update(parameters)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (key, x), (_, y) in zip(tree_flatten(gradient), tree_flatten(slope), strict=True):
+        assert not mx.abs(y).max() > 1e-3 or relative(x, y) <= 1e-5, key
+
+
 @pytest.mark.parametrize("name", ["rwkv7 C", "hxa079"])
 def test_state_keeps_its_size_and_float32(name):
     model, _ = build(name)
