@@ -61,10 +61,11 @@ def call(function: str, *arguments: bytes) -> bytes:
     return b"c" + function.encode() + b"\n(" + b"".join(arguments) + b"tR"
 
 
-def patched(data: bytes, change: Callable[[bytearray], object]) -> bytes:
+def patched(data: bytes, *changes: Callable[[bytearray], object]) -> bytes:
     """A copy with some bytes changed."""
     copy = bytearray(data)
-    change(copy)
+    for change in changes:
+        change(copy)
     return bytes(copy)
 
 
@@ -106,23 +107,29 @@ BAD: dict[str, tuple[bytes, str]] = {
     "two zips": (GOOD + GOOD, ""),
     "directory offset 2^32-1": (patched(GOOD, patch(16, "<I", 2**32 - 1)), "directory"),
     "directory size 0": (patched(GOOD, patch(12, "<I", 0)), "directory"),
-    "65,535 records promised": (patched(GOOD, patch(10, "<H", 65535)), "directory"),
-    "one record fewer promised": (patched(GOOD, patch(10, "<H", 3)), "other records"),
+    "65,535 records promised": (patched(GOOD, patch(10, "<H", 65535), patch(8, "<H", 65535)), "directory"),
+    "one record fewer promised": (patched(GOOD, patch(10, "<H", 3), patch(8, "<H", 3)), "other records"),
     "record offset past the end": (at_directory("<I", 2**31, 42), "behind its end"),
     "record offset into another": (at_directory("<I", 5, 42), "not where"),
     "record size past the end": (at_directory("<I", 2**30, 20, 24), "leaves the archive"),
     "packed and unpacked size differ": (at_directory("<I", 7, 24), "compressed"),
     "encrypted": (at_directory("<H", 1, 8), "encrypted"),
+    "strongly encrypted": (at_directory("<H", 0x40, 8), "encrypted"),
+    "record that is a folder": (at_directory("<I", 0x10, 38), "damaged"),
+    "record on another disk": (at_directory("<H", 1, 34), "damaged"),
+    "archive in several parts": (patched(GOOD, patch(4, "<H", 1)), "several parts"),
+    "format version 99": (archive({"data.pkl": table(), "data/0": FLOATS, "version": b"99\n"}), "format version"),
+    "no format version": (archive({"data.pkl": table(), "data/0": FLOATS}), "format version"),
     "compressed": (archive({"data.pkl": table(), "data/0": FLOATS}, method=ZIP_DEFLATED), "compressed"),
     "compression bomb": (archive({"data.pkl": table(), "data/0": b"\0" * 10_000_000}, method=ZIP_DEFLATED), "compressed"),
     "no records": (b"PK\3\4" + archive({})[:0] + b"PK\5\6" + b"\0" * 18, ""),
-    "no data.pkl": (archive({"data/0": FLOATS}), "no data.pkl"),
+    "no data.pkl": (archive({"data/0": FLOATS, "version": b"3\n"}), "no data.pkl"),
     "record outside a folder": (archive({"data.pkl": table(), "data/0": FLOATS}, root=""), ""),
     "two roots": (archive({"a/data.pkl": table(), "b/data/0": FLOATS}, root=""), "several roots"),
     "record twice": (archive({"data.pkl": table(), "data/0": FLOATS, "data/1": FLOATS}).replace(b"data/1", b"data/0"), "twice"),
     "big-endian": (archive({"data.pkl": table(), "byteorder": b"big", "data/0": FLOATS}), "byte order"),
     "TorchScript": (saved(table(), **{"code/__torch__.py": b"import os"}), "TorchScript"),
-    "storage missing": (archive({"data.pkl": table()}), "lacks its storage"),
+    "storage missing": (archive({"data.pkl": table(), "version": b"3\n"}), "lacks its storage"),
     "storage too small": (saved(table(), FLOATS[:-1]), "15 bytes, not 16"),
     "storage too large": (saved(table(), FLOATS + b"\0" * 4), "20 bytes, not 16"),
     "pickle of 20 MB": (saved(b"\x80\x02" + b"N0" * 10_000_000 + b"."), "at most"),
@@ -131,6 +138,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "pickle without STOP": (saved(table()[:-1]), ""),
     "bytes behind STOP": (saved(table() + b"x"), "does not end"),
     "protocol 77": (saved(b"\x80\x4d" + table()[2:]), "protocol 77"),
+    "protocol 4": (saved(b"\x80\x04" + table()[2:]), "protocol 4"),
     "unknown instruction": (saved(b"\x80\x02\xff."), ""),
     "nothing on the stack": (saved(b"\x80\x02."), "does not end"),
     "takes more than it gave": (saved(b"\x80\x02s."), "more than it gave"),
@@ -149,7 +157,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "tuples 60 deep, doubled each time": (saved(deep_tuples()), "no tensor"),
     "os.system": (saved(table(call("os\nsystem", word("touch executed")))), "os.system"),
     "builtins.eval": (saved(table(call("builtins\neval", word("1")))), "builtins.eval"),
-    "builtins.exec by STACK_GLOBAL": (saved(table(word("builtins") + word("exec") + b"\x93" + word("1") + b"\x85R")), "exec"),
+    "exec by STACK_GLOBAL": (saved(table(word("builtins") + word("exec") + b"\x93" + word("1") + b"\x85R")), "STACK_GLOBAL"),
     "getattr on an allowed name": (saved(table(call("builtins\ngetattr", b"ctorch\nFloatStorage\n", word("x")))), "getattr"),
     "torch.load": (saved(table(call("torch\nload", word("/etc/passwd")))), "torch.load"),
     "torch.hub": (saved(table(call("torch.hub\nload", word("x")))), "torch.hub"),
@@ -162,9 +170,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "NEWOBJ": (saved(b"\x80\x02ccollections\nOrderedDict\n)\x81."), "NEWOBJ"),
     "EXT1": (saved(b"\x80\x02\x82\1."), "EXT1"),
     "BUILD on a tensor": (saved(table(tensor() + b"}b")), "state of an object"),
+    "BUILD on a plain table": (saved(table()[:-1] + b"}b."), "state of an object"),
     "BUILD with a text": (saved(b"\x80\x02}" + word("x") + b"b."), "state of an object"),
     "PERSID text": (saved(b"\x80\x02Pstorage\n."), "PERSID"),
-    "buffer out of band": (saved(b"\x80\x05\x97."), "NEXT_BUFFER"),
+    "buffer out of band": (saved(b"\x80\x05\x97."), "protocol 5"),
     "whole number of 2^31 bytes": (saved(b"\x80\x02\x8b\xff\xff\xff\x7f."), ""),
     "decimal of a million digits": (saved(b"\x80\x02L" + b"9" * 1_000_000 + b"L\n."), ""),
     "no storage": (saved(table(tensor(place(tag="module")))), "no storage"),
@@ -198,5 +207,5 @@ HALF = tensor(place("torch\nBFloat16Storage", word("1")))
 SEEDS = [
     GOOD,
     saved(b"\x80\x02}q\0(" + word("a") + FLAT + word("b") + HALF + b"u.", **{"data/1": b"\1\2" * 4}),
-    saved(b"\x80\x02}" + word("model") + table()[2:-1] + b"s}" + word("_metadata") + b"}sb."),
+    saved(b"\x80\x02ccollections\nOrderedDict\n)R" + word("model") + table()[2:-1] + b"s}" + word("_metadata") + b"}sb."),
 ]

@@ -21,6 +21,7 @@ SECONDS_LIMIT = 20
 PICKLE_LIMIT = 2**24
 DIRECTORY_LIMIT = 2**25
 RANK_LIMIT = 8
+VERSIONS = tuple(b"%d\n" % version for version in range(1, 11))
 RESAVE = "Load it in PyTorch with weights_only=True and save the plain state dict again with torch.save"
 
 # Storage class of torch -> (dtype as safetensors spells it, bytes of a value).
@@ -34,9 +35,10 @@ ORDERED_DICT = "collections OrderedDict"
 KNOWN = {TENSOR, PARAMETER, ORDERED_DICT, *(f"torch {name}" for name in STORAGES)}
 NESTS = ("state_dict", "model", "module")  # keys under which trainers put the state dict
 
-VALUES = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-}  # fmt: skip
+FLAGS = 0x808  # of a zip record: its sizes follow it, its name is UTF-8
+FOLDER = 0x10  # attribute of a zip record that has no content
+
+VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -47,6 +49,10 @@ class Refused(ValueError):
 
 class Name(str):
     """A function or class that the pickle names; one of `KNOWN`, never looked up."""
+
+
+class Ordered(dict[Any, Any]):
+    """An OrderedDict of the pickle."""
 
 
 class Storage(NamedTuple):
@@ -109,6 +115,8 @@ def tensors_of(file: BinaryIO, size: int) -> list[list[Any]]:
     records = read_archive(file, size)
     if (order := small_record(file, records, "byteorder")) not in (None, b"little"):
         raise Refused(f"its byte order is {order!r:.40}", RESAVE)
+    if (version := small_record(file, records, "version")) not in VERSIONS:
+        raise Refused(f"its format version is {version!r:.40}", RESAVE)
     if any(name.startswith("code/") or name == "constants.pkl" for name in records):
         raise Refused("it is a TorchScript program, not a state dict", RESAVE)
     if "data.pkl" not in records:
@@ -188,8 +196,6 @@ class Machine:
             push(self.memo[argument])
         elif name in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.top()
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = self.top()
         elif name == "MARK":
             self.marks.append(len(self.stack))
         elif name == "TUPLE":
@@ -202,9 +208,6 @@ class Machine:
             self.set_items(self.pop_mark())
         elif name == "GLOBAL":
             push(known(argument))
-        elif name == "STACK_GLOBAL":
-            module, attribute = self.pop(2)
-            push(known(f"{text(module)} {text(attribute)}"))
         elif name == "BINPERSID":
             push(storage(*self.pop(1)))
         elif name == "REDUCE":
@@ -212,12 +215,12 @@ class Machine:
         elif name == "BUILD":
             # An OrderedDict's own attributes: the versions of modules. They say nothing about tensors.
             (attributes,) = self.pop(1)
-            if not isinstance(self.top(), dict) or not isinstance(attributes, dict):
+            if not isinstance(self.top(), Ordered) or not isinstance(attributes, dict):
                 raise Refused("it sets the state of an object, which no state dict needs", RESAVE)
         elif name == "PROTO":
-            if not 2 <= argument <= 5:
-                raise Refused(f"its pickle has the unknown protocol {argument}")
-        elif name != "FRAME":
+            if argument != 2:
+                raise Refused(f"its pickle is of protocol {argument}, not of 2 as torch.save writes", RESAVE)
+        else:
             raise Refused(f"its pickle uses {name}, which no state dict needs", RESAVE)
 
     def top(self) -> Any:
@@ -246,7 +249,7 @@ class Machine:
     def set_items(self, flat: list[Any]) -> None:
         """Put keys and values into the table below them."""
         table = self.top()
-        if type(table) is not dict or len(flat) % 2:
+        if not isinstance(table, dict) or len(flat) % 2:
             raise Refused("its pickle fills something that is no table")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             if type(key) not in (str, int):
@@ -300,7 +303,7 @@ def call(function: object, arguments: object) -> object:
     if type(function) is not Name or type(arguments) is not tuple:
         raise Refused("its pickle calls something that is no function")
     if function == ORDERED_DICT and not arguments:
-        return {}
+        return Ordered()
     if function == PARAMETER and len(arguments) == 3 and isinstance(arguments[0], Tensor):
         return arguments[0]
     if function == TENSOR and len(arguments) in (6, 7) and isinstance(arguments[0], Storage):
@@ -323,7 +326,7 @@ def read_archive(file: BinaryIO, size: int) -> dict[str, Record]:
     roots, position = set(), 0
     for _ in range(count):
         name, flags, method, packed, length, offset, position = read_directory(data, position)
-        if method or packed != length or flags & 1:
+        if method or packed != length or flags & ~FLAGS:
             raise Refused(f"its record {name!r:.100} is compressed or encrypted", RESAVE)
         local = read_at(file, offset, 30)
         magic, name_size, extra_size = struct.unpack("<4s22xHH", local)
@@ -348,14 +351,16 @@ def read_end(file: BinaryIO, size: int) -> tuple[int, int, int]:
     if size < 22:
         raise Refused(f"it has {size} bytes, too few for an archive")
     end = size - 22
-    magic, *_, count, length, start, comment = struct.unpack("<4sHHHHIIH", read_at(file, end, 22))
+    magic, disk, first, here, count, length, start, comment = struct.unpack("<4sHHHHIIH", read_at(file, end, 22))
     if magic != b"PK\5\6" or comment:
         raise Refused("the archive has no end: it is cut, or something follows it")
+    if disk or first or here != count:
+        raise Refused("the archive is one of several parts")
     if end >= 76 and read_at(file, end - 20, 4) == b"PK\6\7":
-        (place,) = struct.unpack("<8xQ4x", read_at(file, end - 20, 20))
+        disk, place, disks = struct.unpack("<4xIQI", read_at(file, end - 20, 20))
         end -= 76
-        magic, count, length, start = struct.unpack("<4s28xQQQ", read_at(file, end, 56))
-        if magic != b"PK\6\6" or place != end:
+        magic, rest, here, first, also, count, length, start = struct.unpack("<4sQ4xIIQQQQ", read_at(file, end, 56))
+        if magic != b"PK\6\6" or rest != 44 or place != end or disk or disks != 1 or here or first or also != count:
             raise Refused("the end of the archive is damaged")
     if start + length != end or length > DIRECTORY_LIMIT or count * 46 > length:
         raise Refused("the directory of the archive is cut, too large or not at its end")
@@ -366,11 +371,11 @@ def read_directory(data: bytes, position: int) -> tuple[str, int, int, int, int,
     """(name, flags, method, packed size, size, offset, position of the next) of one record in the directory."""
     if len(data) - position < 46:
         raise Refused("the directory of the archive is cut")
-    fields = struct.unpack_from("<4s4xHH8xIIHHH8xI", data, position)
-    magic, flags, method, packed, length, name_size, extra_size, comment_size, offset = fields
+    fields = struct.unpack_from("<4s4xHH8xIIHHHH2xII", data, position)
+    magic, flags, method, packed, length, name_size, extra_size, comment_size, disk, attributes, offset = fields
     name = data[position + 46 : position + 46 + name_size]
     extra = data[position + 46 + name_size : position + 46 + name_size + extra_size]
-    if magic != b"PK\1\2" or len(extra) != extra_size or comment_size or not name.isascii():
+    if magic != b"PK\1\2" or len(extra) != extra_size or comment_size or disk or attributes & FOLDER or not name.isascii():
         raise Refused("the directory of the archive is damaged")
     wide = wide_fields(extra)
     values = []
