@@ -1,8 +1,8 @@
 """Conversion at the size of the largest published model: memory under a limit, and speed against a plain copy.
 
-    python -m bench.convert --sink              # 144 GB, sparse, into a hash; the process may have 2 GB of address space
-    python -m bench.convert --disk 20           # 20 GB of random bits on the disk, converted and copied
-    python -m bench.convert --pth 6             # a .pth beyond 4 GB, read back by torch.load
+    python bench/convert.py --sink              # 144 GB, sparse, into a hash; the process may have 2 GB of address space
+    python bench/convert.py --disk 20           # 20 GB of random bits on the disk, converted and copied
+    python bench/convert.py --pth 6             # a .pth beyond 4 GB, read back by torch.load
 
 The sparse input takes no room on the disk; its one large tensor (the embedding) has 2.5 GB. Prints one JSON line a figure.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from radlads.families import write_config
 from radlads.folder import INDEX, split
 from radlads.spec import ModelSpec
@@ -54,7 +55,7 @@ def main() -> None:
         if options.sink:
             spec = ModelSpec(**QWEN_72B)
             make(Path(place) / "sparse", spec, filled=False)
-            subprocess.run([sys.executable, "-m", "bench.convert", "--child", f"{place}/sparse"], check=True)
+            subprocess.run([sys.executable, __file__, "--child", f"{place}/sparse"], check=True)
         for size, work in ((options.disk, on_disk), (options.pth, beyond_4_gb)):
             if size:
                 make(Path(place) / "real", of_size(size * 1e9), filled=True)
@@ -105,8 +106,16 @@ def sink(path: Path) -> None:
                 done += memoryview(piece).nbytes
     seconds = time.perf_counter() - began
     largest = max(tensor.nbytes for tensor in source.tensors.values())
-    say("sink", gb=done / 1e9, largest_tensor_gb=largest / 1e9, seconds=round(seconds, 1), gb_per_second=round(done / 1e9 / seconds, 3),
-        mb_above_imports=round((peak() - before) / 1e6), sha256=digest.hexdigest(), load=os.getloadavg()[0])  # fmt: skip
+    say(
+        "sink",
+        gb=done / 1e9,
+        largest_tensor_gb=largest / 1e9,
+        seconds=round(seconds, 1),
+        gb_per_second=round(done / 1e9 / seconds, 3),
+        mb_above_imports=round((peak() - before) / 1e6),
+        sha256=digest.hexdigest(),
+        load=os.getloadavg()[0],
+    )
 
 
 def peak() -> int:
