@@ -43,7 +43,8 @@ answer = server.handle_completions(wish)["choices"][0]
 steps = answer["logprobs"]["content"]
 rows = [{row["id"]: row["logprob"] for row in step["top_logprobs"]} for step in steps]
 tokens = [step["id"] for step in steps]
-print("ANSWER" + json.dumps({"version": importlib.metadata.version("xllamacpp"), "text": answer["text"], "tokens": tokens, "rows": rows}))
+version = importlib.metadata.version("xllamacpp")
+print("ANSWER" + json.dumps({"version": version, "text": answer["text"], "tokens": tokens, "rows": rows}))
 """
 
 
