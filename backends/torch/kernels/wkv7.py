@@ -7,6 +7,10 @@ from torch import Tensor
 
 from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
 from radlads.backends.torch.kernels.lang import HAS_TRITON, triton
+from radlads.backends.torch.kernels.wkv7_centred import (
+    wkv7_centred_grad_kernel,
+    wkv7_centred_solve_kernel,
+)
 from radlads.backends.torch.kernels.wkv7_plain import wkv7_plain
 from radlads.backends.torch.kernels.wkv7_triton import (
     wkv7_grad_kernel,
@@ -20,10 +24,12 @@ WKV7_HEAD_SIZES = (32, 64, 96, 128)
 # (num_warps, num_stages, channels at a time) of each kernel at head sizes up to 64 and up to 128; the channels are those of
 # the values in scan and reverse, of the keys in solve and grad.
 WKV7_LAUNCH = {
-    "solve": ((4, 1, 64), (4, 1, 64)),
-    "scan": ((4, 1, 64), (4, 1, 64)),
-    "reverse": ((4, 1, 64), (4, 1, 64)),
+    "solve": ((4, 2, 64), (4, 2, 64)),
+    "scan": ((4, 2, 64), (4, 2, 64)),
+    "reverse": ((4, 2, 64), (4, 2, 64)),
     "grad": ((4, 1, 64), (4, 1, 64)),
+    "centred_solve": ((4, 2, 32), (4, 2, 32)),
+    "centred_grad": ((4, 2, 32), (4, 2, 32)),
 }
 
 
@@ -84,7 +90,7 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
         "seqs": B if cu_seqlens is None else cu_seqlens.numel() - 1,
         "chunks": B * NT if chunk_seq is None else chunk_seq.numel(),
         "store": torch.bfloat16 if precision["PREC"] == "tf32" else torch.float32,
-        "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C,
+        "tables": (cu_seqlens, chunk_seq, chunk_start), "T": T, "NT": NT, "C": C, "centred": diag == C,
         "pairs": {"DIAG": diag, "LEVELS": decay_levels(C, diag)},
         "width": 128 if N > 64 else 64,
         "common": {"N": N, "C": C, "VARLEN": cu_seqlens is not None, "DOT": precision["DOT"], "PREC": precision["PREC"]},
@@ -96,56 +102,66 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
     }
 
 
-def wkv7_solve(r: Tensor, log_w: Tensor, k: Tensor, a: Tensor, b: Tensor, scale: float, plan: dict[str, object]
-               ) -> tuple[Tensor, ...]:
-    """Each chunk's factors, as wkv7_solve_kernel names them: solve, a_rb, then those that the scan reads."""
+def wkv7_solve(r: Tensor, log_w: Tensor, k: Tensor, a: Tensor, b: Tensor, scale: float, plan: dict[str, object],
+               kept: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
+    """Each chunk's factors, as wkv7_solve_kernel names them: solve, a_rb (both kept by a bounded forward), then the scan's."""
     H, N = r.shape[2:]
     chunks, C = plan["chunks"], plan["C"]
-    pairs = [r.new_empty((chunks, H, C, C), dtype=plan["store"]) for _ in range(4)]
+    solve, a_rb = kept or [r.new_empty((chunks, H, C, C), dtype=plan["store"]) for _ in range(2)]
+    pairs = [r.new_empty((chunks, H, C, C), dtype=plan["store"]) for _ in range(2)]
     sides = [r.new_empty((chunks, H, C, N), dtype=plan["store"]) for _ in range(4)]
     whole = r.new_empty((chunks, H, N), dtype=torch.float32)
-    wkv7_solve_kernel[(H, chunks)](
-        r, log_w, k, a, b, *pairs, *sides, whole, *plan["tables"], plan["T"], plan["NT"], H, scale,
-        **plan["common"], **plan["gates"], **plan["pairs"], BK=plan["tile"]["solve"], SOLVE_LEVELS=C.bit_length() - 1,
-        **plan["launch"]["solve"])
-    return *pairs, *sides, whole
+    arguments = (r, log_w, k, a, b, solve, a_rb, *pairs, *sides, whole, *plan["tables"], plan["T"], plan["NT"], H, scale)
+    levels = C.bit_length() - 1
+    if plan["centred"]:
+        wkv7_centred_solve_kernel[(H, chunks)](
+            *arguments, **plan["common"], CLAMP=plan["gates"]["CLAMP"], KNOWN=kept is not None,
+            BK=plan["tile"]["centred_solve"], SOLVE_LEVELS=levels, **plan["launch"]["centred_solve"])
+    else:
+        wkv7_solve_kernel[(H, chunks)](
+            *arguments, **plan["common"], **plan["gates"], **plan["pairs"], BK=plan["tile"]["solve"],
+            SOLVE_LEVELS=levels, **plan["launch"]["solve"])
+    return solve, a_rb, *pairs, *sides, whole
 
 
 @torch.library.custom_op("radlads::wkv7_forward", mutates_args=())
 def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                     cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, final state, u, state before each chunk); the last two are for the backward, else empty."""
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state, u, state of each chunk, solution matrices, A_rb); the last four are for the backward, else empty."""
     H, N = r.shape[2:]
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, _, chunk_start = plan["tables"]
-    _, _, *factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
     out = torch.empty_like(r)
     final = r.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     u = torch.empty_like(r if save else r[:0])
     checkpoint = r.new_empty((plan["chunks"], H, N, N) if save else 0)
+    solve, a_rb, *factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
     wkv7_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
-        v, *factors, state, out, u, checkpoint, final, cu, chunk_start,
-        plan["T"], plan["NT"], H, v.shape[2], **plan["common"], BK=64, BV=plan["tile"]["scan"],
-        HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
-    return out, final, u, checkpoint
+        v, *factors, state, out, u, checkpoint, final, cu, chunk_start, plan["T"], plan["NT"], H, v.shape[2],
+        **plan["common"], BK=64, BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+    if not (save and plan["centred"]):
+        solve, a_rb = out.new_empty(0), out.new_empty(0)
+    return out, final, u, checkpoint, solve, a_rb
 
 
 @wkv7_forward_op.register_fake
 def wkv7_forward_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                       cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, H, N = r.shape
     C = 64 if v.dtype == torch.bfloat16 else 32
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + seqs
+    pairs = (chunks, H, C, C) if save and decay_block(C, min_log_w)[0] == C else 0
     return (torch.empty_like(r), r.new_empty((seqs, H, N, N), dtype=torch.float32),
-            torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0))
+            torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0),
+            r.new_empty(pairs), r.new_empty(pairs))
 
 
 @torch.library.custom_op("radlads::wkv7_backward", mutates_args=())
 def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                     b: Tensor, u: Tensor, checkpoint: Tensor, cu_seqlens: Tensor | None,
+                     b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
                      scale: float, min_log_w: float | None, need_state: bool
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b and the initial state (empty unless needed)."""
@@ -155,20 +171,26 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     cu, chunk_seq, chunk_start = plan["tables"]
     sizes = (plan["T"], plan["NT"], H)
     d_out = d_out.contiguous()
-    # Computed again rather than kept: they are as large as six of the inputs.
-    factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
+    d_final = None if d_final is None else d_final.contiguous()
     dr, dk, dv, da, db, du = (torch.empty_like(r) for _ in range(6))
     d_log_w = torch.empty_like(log_w)
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
+    # Of the factors only the two that cost most are kept: all together are as large as six of the inputs.
+    factors = wkv7_solve(r, log_w, k, a, b, scale, plan, (solve, a_rb) if plan["centred"] else None)
     wkv7_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
-        *factors, d_out, None if d_final is None else d_final.contiguous(), du, dv, d_checkpoint,
-        d_state, cu, chunk_start, *sizes, **plan["common"], BK=64, BV=plan["tile"]["reverse"],
-        HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
-    wkv7_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]), H, plan["chunks"])](
-        r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
-        cu, chunk_seq, chunk_start, *sizes, Hv, scale, **plan["common"], **plan["gates"], **plan["pairs"],
-        BK=plan["tile"]["grad"], BV=plan["width"], **plan["launch"]["grad"])
+        *factors, d_out, d_final, du, dv, d_checkpoint, d_state, cu, chunk_start, *sizes, **plan["common"], BK=64,
+        BV=plan["tile"]["reverse"], HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
+    arguments = (r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
+                 cu, chunk_seq, chunk_start, *sizes, Hv, scale)
+    if plan["centred"]:
+        wkv7_centred_grad_kernel[(H, plan["chunks"])](
+            *arguments, **plan["common"], CLAMP=plan["gates"]["CLAMP"], BK=plan["tile"]["centred_grad"], BV=plan["width"],
+            **plan["launch"]["centred_grad"])
+    else:
+        wkv7_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]), H, plan["chunks"])](
+            *arguments, **plan["common"], **plan["gates"], **plan["pairs"], BK=plan["tile"]["grad"], BV=plan["width"],
+            **plan["launch"]["grad"])
     if Hv != H:
         dv = dv.view(B, T, Hv, H // Hv, N).sum(3, dtype=torch.float32).to(v.dtype)
     return dr, d_log_w, dk, dv, da, db, d_state
@@ -176,7 +198,7 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
 
 @wkv7_backward_op.register_fake
 def wkv7_backward_fake(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                       b: Tensor, u: Tensor, checkpoint: Tensor, cu_seqlens: Tensor | None,
+                       b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
                        scale: float, min_log_w: float | None, need_state: bool
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, _, H, N = r.shape
