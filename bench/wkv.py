@@ -1,10 +1,12 @@
 """Times the WKV training kernels on one GPU against the byte floor and, where importable, flash-linear-attention.
 
 Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers] [--profile] [--float32-gates] [--unbounded]
+     python bench/wkv.py --decode
 Prints one row per op and shape, last. Floor: each bf16 input read once and each output written once, at the bandwidth of a
 large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
 """
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from radlads.backends.torch.kernels.decode import wkv6_step, wkv7_step
 from radlads.backends.torch.kernels.wkv6 import wkv6
 from radlads.backends.torch.kernels.wkv7 import wkv7
 
@@ -138,6 +141,44 @@ def measure(name: str, op: str, fn: Callable[..., Tensor], inputs: list[Tensor],
     return *times, row
 
 
+def replayed(fn: Callable[[int], object], sets: int, repeats: int = 20) -> float:
+    """Milliseconds of one call, from replays of a CUDA graph that goes once through all sets of states."""
+    fn(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(sets):
+            fn(i)
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) / sets
+
+
+def decode(op: str, batch: int, H: int, N: int) -> str:
+    """One token of every row, states in place, beside a copy of the same states; more states than the L2 cache holds."""
+    sets = max(4, math.ceil(2 ** 28 / (batch * H * N * N * 4)))
+    states = torch.randn(sets, batch, H, N, N, device="cuda")
+    target = torch.empty_like(states)
+    inputs = [x[:, 0].detach() for x in draw(op, batch, 1, H, N, torch.bfloat16)]
+
+    def step(i: int) -> object:
+        if op == "rwkv7":
+            return wkv7_step(*inputs, states[i])
+        return wkv6_step(*inputs, states[i], scale=N ** -0.5)
+
+    ours, copied = replayed(step, sets), replayed(lambda i: target[i].copy_(states[i]), sets)
+    moved = 2 * states[0].nbytes + 2 * (len(inputs) + 1) * inputs[0].numel()
+    rate = 100 * moved / (2 * states[0].nbytes) * copied / ours
+    return (f"{op} step   batch {batch:4d}  {1e3 * ours:8.2f} us   copy of the state {1e3 * copied:8.2f} us   "
+            f"{rate:5.1f} % of its speed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help="BxTxHxN, comma-separated")
@@ -145,6 +186,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention (tunes for minutes when cold)")
     parser.add_argument("--profile", action="store_true", help="also print milliseconds per kernel")
     parser.add_argument("--float32-gates", action="store_true")
+    parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
     parser.add_argument("--unbounded", action="store_true", help="RWKV-7 without the decay bound")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -153,6 +195,11 @@ def main() -> None:
     flush = torch.empty(2 ** 26, device="cuda")
     bandwidth = copy_bandwidth(flush)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    if options.decode:
+        for op in options.ops.split(","):
+            for batch in (1, 32, 128):
+                print(decode(op, batch, 28, 128), flush=True)
+        return
     gates = torch.float32 if options.float32_gates else torch.bfloat16
     rows, accuracy = [], []
     for op in options.ops.split(","):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radlads.backends.torch.kernels import decode, wkv6_triton, wkv7_triton
+from radlads.backends.torch.kernels import decode, wkv6_triton, wkv7_centred, wkv7_triton
 from radlads.backends.torch.kernels import wkv6 as wkv6_module
 from radlads.backends.torch.kernels import wkv7 as wkv7_module
 
@@ -37,10 +38,13 @@ CASES = {
 KERNELS = {
     "wkv7_solve": wkv7_triton.wkv7_solve_kernel, "wkv7_scan": wkv7_triton.wkv7_scan_kernel,
     "wkv7_reverse": wkv7_triton.wkv7_reverse_kernel, "wkv7_grad": wkv7_triton.wkv7_grad_kernel,
+    "wkv7_centred_solve": wkv7_centred.wkv7_centred_solve_kernel, "wkv7_centred_grad": wkv7_centred.wkv7_centred_grad_kernel,
     "wkv6_intra": wkv6_triton.wkv6_intra_kernel, "wkv6_scan": wkv6_triton.wkv6_scan_kernel,
     "wkv6_reverse": wkv6_triton.wkv6_reverse_kernel, "wkv6_grad": wkv6_triton.wkv6_grad_kernel,
     "wkv_step": decode.wkv_step_kernel,
 }
+# Written in Gluon for one target, each beside a portable kernel of the same meaning.
+HOPPER_KERNELS = {"wkv6_hopper": "wkv6_hopper_grad_kernel", "wkv7_hopper": "wkv7_hopper_grad_kernel"}
 TARGETS = {"sm_80": (("cuda", 80, 32), 163 * 1024), "sm_90": (("cuda", 90, 32), 227 * 1024),
            "gfx942": (("hip", "gfx942", 64), 64 * 1024)}
 
@@ -123,13 +127,19 @@ def compile_kernel(name: str) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel = KERNELS[name]
+    hopper = name in HOPPER_KERNELS
+    if hopper:
+        from triton.experimental.gluon._runtime import GluonASTSource
+        module = import_module(f"radlads.backends.torch.kernels.{name}")
+    kernel = getattr(module, HOPPER_KERNELS[name]) if hopper else KERNELS[name]
     report = {}
     for target_name, (target, _) in TARGETS.items():
+        if hopper and target_name != "sm_90":
+            continue
         exact = "tf32x3" if target[0] == "cuda" else "ieee"
         rwkv7 = name.startswith("wkv7")
         constants = dict(N=128, BN=128, BK=128 if name == "wkv_step" else 64,
-                         BV={"wkv_step": 16, "wkv6_grad": 128, "wkv7_grad": 128}.get(name, 64), C=64,
+                         BV={"wkv_step": 16}.get(name, 128 if name.endswith("grad") else 64), C=64, KNOWN=False,
                          DIAG=64 if rwkv7 else 8, LEVELS=1 if rwkv7 else 4, CLAMP=0.60653 if rwkv7 else 16.0,
                          DOT=tl.bfloat16, PREC="tf32" if target[0] == "cuda" else "ieee", GATE_PREC=exact,
                          SOLVE_PREC="tf32" if target[0] == "cuda" else "ieee", SOLVE_LEVELS=6, INLINE=True, VARLEN=False,
@@ -147,7 +157,7 @@ def compile_kernel(name: str) -> None:
             else:
                 signature[arg] = "*fp32" if arg in ("state", "state_out", "d_state_in") else "*bf16"
         aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*"}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+        source = (GluonASTSource if hopper else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
         built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": 4, "num_stages": 1})
         report[target_name] = {"shared": built.metadata.shared, "stack": stack_bytes(built.asm.get("cubin"))}
     print(json.dumps(report))
@@ -180,12 +190,22 @@ def test_interpreter_matches_float64(name: str) -> None:
     assert max(found) < FLOAT32_BAR, found
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*KERNELS, *HOPPER_KERNELS])
 def test_compiles_for_every_target(name: str, record_property: pytest.FixtureRequest) -> None:
     report = child("compile", name, TRITON_INTERPRET="0")
     record_property("resources", json.dumps(report))
-    for target, (_, shared_limit) in TARGETS.items():
-        assert report[target]["shared"] <= shared_limit, (target, report[target])
+    assert set(report) == ({"sm_90"} if name in HOPPER_KERNELS else set(TARGETS))
+    for target, found in report.items():
+        assert found["shared"] <= TARGETS[target][1], (target, found)
+
+
+@pytest.mark.parametrize("module", [wkv6_module.wkv6_has_hopper, wkv7_module.wkv7_has_hopper])
+def test_hopper_kernels_serve_bfloat16_on_hopper_only(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert module(x, x) is expected
+        assert not module(x, x.float()) and not module(x.float(), x)
 
 
 @pytest.mark.parametrize("rwkv7", [False, True])

@@ -1,7 +1,8 @@
 """Triton, or a stand-in whose decorators work and whose kernels refuse to launch.
 
-The only guarded import of the package: kernel modules import `triton`, `tl` and `HAS_TRITON` from here.
+The only guarded import of the package: kernel modules import `triton`, `tl`, `HAS_TRITON` and `HAS_GLUON` from here.
 """
+from importlib.util import find_spec
 
 try:
     import triton
@@ -23,3 +24,6 @@ except ImportError:
     triton = SimpleNamespace(jit=decorate_only, autotune=decorate_only, heuristics=decorate_only)
     tl = SimpleNamespace(constexpr=object())
     HAS_TRITON = False
+
+# The layer below Triton that the Hopper kernels are written in; part of Triton since 3.5.
+HAS_GLUON = HAS_TRITON and find_spec("triton.experimental.gluon") is not None

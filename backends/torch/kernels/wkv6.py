@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
-from radlads.backends.torch.kernels.lang import HAS_TRITON, triton
+from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, triton
 from radlads.backends.torch.kernels.wkv6_plain import wkv6_plain
 from radlads.backends.torch.kernels.wkv6_triton import (
     wkv6_grad_kernel,
@@ -20,9 +20,9 @@ WKV6_HEAD_SIZES = (32, 64, 96, 128)
 # (num_warps, num_stages, channels of a program) of each kernel at head sizes up to 64 and up to 128. The channels are values
 # in scan and reverse, keys in grad, and those taken at a time in intra.
 WKV6_LAUNCH = {
-    "intra": ((4, 1, 64), (4, 1, 64)),
-    "scan": ((4, 1, 64), (4, 1, 64)),
-    "reverse": ((4, 1, 64), (4, 1, 64)),
+    "intra": ((4, 3, 64), (4, 3, 64)),
+    "scan": ((4, 2, 64), (4, 2, 64)),
+    "reverse": ((4, 2, 64), (4, 2, 64)),
     "grad": ((4, 1, 64), (4, 1, 64)),
 }
 
@@ -92,21 +92,34 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
     }
 
 
+def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
+    """Whether the Gluon kernel serves these inputs; the portable one serves all."""
+    return (q.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16 and HAS_GLUON and torch.version.hip is None
+            and torch.cuda.get_device_capability(q.device)[0] == 9)
+
+
+def wkv6_pairs(q: Tensor, log_w: Tensor, k: Tensor, scale: float, plan: dict[str, object]) -> Tensor:
+    """The decayed scores of every chunk, (chunks, H, C, C)."""
+    H = q.shape[2]
+    pairs = q.new_empty((plan["chunks"], H, plan["C"], plan["C"]))
+    wkv6_intra_kernel[(H, plan["chunks"])](
+        q, log_w, k, pairs, *plan["tables"], plan["T"], plan["NT"], H, k.shape[2], scale, **plan["common"],
+        **plan["pairs"], BK=plan["tile"]["intra"], **plan["launch"]["intra"])
+    return pairs
+
+
 @torch.library.custom_op("radlads::wkv6_forward", mutates_args=())
 def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
                     scale: float, min_log_w: float | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out, final state, state before each chunk); the last is empty unless `save`."""
     H, N = q.shape[2:]
     plan = wkv6_plan(q, cu_seqlens, min_log_w)
-    C, chunks = plan["C"], plan["chunks"]
-    cu, chunk_seq, chunk_start = plan["tables"]
+    cu, _, chunk_start = plan["tables"]
     out = torch.empty_like(q)
     final = q.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
-    checkpoint = q.new_empty((chunks, H, N, N) if save else 0)
-    pairs = q.new_empty((chunks, H, C, C))
+    checkpoint = q.new_empty((plan["chunks"], H, N, N) if save else 0)
+    pairs = wkv6_pairs(q, log_w, k, scale, plan)
     sizes = (plan["T"], plan["NT"], H, k.shape[2], scale)
-    wkv6_intra_kernel[(H, chunks)](q, log_w, k, pairs, cu, chunk_seq, chunk_start, *sizes,
-                                   **plan["common"], **plan["pairs"], BK=plan["tile"]["intra"], **plan["launch"]["intra"])
     wkv6_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
         q, log_w, k, v, pairs, state, out, checkpoint, final, cu, chunk_start, *sizes, **plan["common"],
         BK=64, BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
@@ -137,17 +150,23 @@ def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor
     d_out = d_out.contiguous()
     d_checkpoint = torch.empty_like(checkpoint)
     d_state = q.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    wkv6_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
-        q, log_w, d_out, None if d_final is None else d_final.contiguous(), d_checkpoint, d_state, cu, chunk_start,
-        plan["T"], plan["NT"], H, scale, **plan["common"], BK=64,
-        BV=plan["tile"]["reverse"], HAS_STATE=d_final is not None, NEED_STATE=need_state,
-        **plan["launch"]["reverse"])
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     d_log_w = torch.empty_like(log_w)
-    wkv6_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]) + 1, H, plan["chunks"])](
-        q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, dv, cu, chunk_seq, chunk_start,
-        plan["T"], plan["NT"], H, Hk, scale, **plan["common"], **plan["pairs"], BK=plan["tile"]["grad"], BV=128 if N > 64 else 64,
-        **plan["launch"]["grad"])
+    sizes = (plan["T"], plan["NT"], H, Hk, scale)
+    # The scores are made again rather than kept: with them the state would not fit in half a KiB a token and head.
+    wkv6_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
+        q, log_w, k, wkv6_pairs(q, log_w, k, scale, plan), d_out, None if d_final is None else d_final.contiguous(), dv,
+        d_checkpoint, d_state, cu, chunk_start, *sizes, **plan["common"], BK=64, BV=plan["tile"]["reverse"],
+        HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
+    arguments = (q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, cu, chunk_seq, chunk_start, *sizes)
+    if wkv6_has_hopper(q, log_w):
+        from radlads.backends.torch.kernels.wkv6_hopper import wkv6_hopper_grad_kernel
+        wkv6_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
+            *arguments, N=N, **plan["pairs"], CLAMP=plan["common"]["CLAMP"], VARLEN=cu_seqlens is not None, num_warps=4)
+    else:
+        wkv6_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]), H, plan["chunks"])](
+            *arguments, **plan["common"], **plan["pairs"], BK=plan["tile"]["grad"], BV=128 if N > 64 else 64,
+            **plan["launch"]["grad"])
     if Hk != H:
         dk, dv = (x.view(B, T, Hk, H // Hk, N).sum(3, dtype=torch.float32).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv, d_log_w, d_state

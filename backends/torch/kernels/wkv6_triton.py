@@ -140,12 +140,12 @@ def wkv6_scan_kernel(q, log_w, k, v, pairs, state_in, out, checkpoint, state_out
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv6_reverse_kernel(q, log_w, d_out, d_state_out, d_checkpoint, d_state_in, cu_seqlens, chunk_start,
-                        T, NT, H, scale,
+def wkv6_reverse_kernel(q, log_w, k, pairs, d_out, d_state_out, dv, d_checkpoint, d_state_in, cu_seqlens, chunk_start,
+                        T, NT, H, HK, scale,
                         N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
                         DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, HAS_STATE: tl.constexpr,
                         NEED_STATE: tl.constexpr, VARLEN: tl.constexpr):
-    """The scan from the end: d(state) after each chunk, of one value tile."""
+    """The scan from the end: d(v) of each token and d(state) after each chunk, of one value tile."""
     tile = tl.program_id(0)
     h = tl.program_id(1)
     seq = tl.program_id(2)
@@ -169,7 +169,10 @@ def wkv6_reverse_kernel(q, log_w, d_out, d_state_out, d_checkpoint, d_state_in, 
         d_state0 = tl.trans(tile_load(d_state_out + corner, val, col0, N, N, N))
         d_state1 = tl.trans(tile_load(d_state_out + corner, val, col1, N, N, N))
     chunks = tl.cdiv(length, C)
-    base = (tl.cast(begin, tl.int64) + (chunks - 1) * C) * stride + h * N
+    stride_k = HK * N
+    token = tl.cast(begin, tl.int64) + (chunks - 1) * C
+    base = token * stride + h * N
+    base_k = token * stride_k + (h // (H // HK)) * N
     chunk += chunks - 1
     length -= (chunks - 1) * C
     for _ in range(0, chunks):
@@ -178,14 +181,24 @@ def wkv6_reverse_kernel(q, log_w, d_out, d_state_out, d_checkpoint, d_state_in, 
         if N > BK:
             tile_store(saved, d_state1, col1, val, N, N, N)
         do = tile_load(d_out + base, row, val, length, stride, N).to(DOT)
-        query, whole, _ = wkv6_query_state(q + base, log_w + base, row, col0, length, stride, scale, N, C, CLAMP, DOT,
+        scores = tl.load(pairs + (chunk * H + h) * C * C + row[:, None] * C + row[None, :])
+        v_grad = tl.dot(tl.trans(scores), do, input_precision=PREC)
+        query, whole, x = wkv6_query_state(q + base, log_w + base, row, col0, length, stride, scale, N, C, CLAMP, DOT,
                                            GATE_PREC)
+        key = decay_key_state(x, C, GATE_PREC)
+        key = (tile_load(k + base_k, row, col0, length, stride_k, N) * key).to(DOT)
+        v_grad = tl.dot(key, d_state0.to(DOT), v_grad, input_precision=PREC)
         d_state0 = tl.dot(tl.trans(query), do, d_state0 * whole, input_precision=PREC)
         if N > BK:
-            query, whole, _ = wkv6_query_state(q + base, log_w + base, row, col1, length, stride, scale, N, C, CLAMP, DOT,
+            query, whole, x = wkv6_query_state(q + base, log_w + base, row, col1, length, stride, scale, N, C, CLAMP, DOT,
                                                GATE_PREC)
+            key = decay_key_state(x, C, GATE_PREC)
+            key = (tile_load(k + base_k, row, col1, length, stride_k, N) * key).to(DOT)
+            v_grad = tl.dot(key, d_state1.to(DOT), v_grad, input_precision=PREC)
             d_state1 = tl.dot(tl.trans(query), do, d_state1 * whole, input_precision=PREC)
+        tile_store(dv + base, v_grad, row, val, length, stride, N)
         base -= C * stride
+        base_k -= C * stride_k
         length += C
         chunk -= 1
     if NEED_STATE:
@@ -235,15 +248,12 @@ def wkv6_key_channels(q, log_w, k, v, d_out, state, d_state, dq, d_log_w, dk, ro
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
-def wkv6_grad_kernel(q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, dv,
+def wkv6_grad_kernel(q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk,
                      cu_seqlens, chunk_seq, chunk_start, T, NT, H, HK, scale,
                      N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr,
                      LEVELS: tl.constexpr, CLAMP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
                      GATE_PREC: tl.constexpr, VARLEN: tl.constexpr):
-    """Gradients of one chunk of one head from the states at its two ends; chunks are independent.
-
-    The programs of a chunk each take one block of key channels (q, k, log_w), the last one the values.
-    """
+    """Gradients of q, k and log_w of one block of key channels of one chunk, from the states at the chunk's two ends."""
     part = tl.program_id(0)
     h = tl.program_id(1)
     chunk = tl.program_id(2)
@@ -267,19 +277,6 @@ def wkv6_grad_kernel(q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_
     val = tl.arange(0, BV)
     corner = (chunk * H + h).to(tl.int64) * N * N
     col = part * BK + tl.arange(0, BK)
-    if part * BK < N:
-        wkv6_key_channels(q + base, log_w + base, k + base_k, v + base_k, d_out + base, checkpoint + corner,
-                          d_checkpoint + corner, dq + base, d_log_w + base, dk + base, row, col, val, length, stride,
-                          stride_k, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC)
-    else:
-        scores = wkv6_scores(q + base, log_w + base, k + base_k, row, length, stride, stride_k, scale, N, BK, C, DIAG,
-                             LEVELS, CLAMP, DOT, PREC, GATE_PREC)
-        rows = tile_load(d_out + base, row, val, length, stride, N).to(DOT)
-        v_grad = tl.dot(tl.trans(scores.to(DOT)), rows, input_precision=PREC)
-        for block in range(0, N, BK):
-            col = block + tl.arange(0, BK)
-            x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
-            key = decay_key_state(x, C, GATE_PREC)
-            key = (tile_load(k + base_k, row, col, length, stride_k, N) * key).to(DOT)
-            v_grad = tl.dot(key, tile_load(d_checkpoint + corner, col, val, N, N, N), v_grad, input_precision=PREC)
-        tile_store(dv + base, v_grad, row, val, length, stride, N)
+    wkv6_key_channels(q + base, log_w + base, k + base_k, v + base_k, d_out + base, checkpoint + corner,
+                      d_checkpoint + corner, dq + base, d_log_w + base, dk + base, row, col, val, length, stride,
+                      stride_k, scale, N, C, DIAG, LEVELS, CLAMP, DOT, PREC, GATE_PREC)

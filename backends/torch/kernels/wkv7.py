@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
-from radlads.backends.torch.kernels.lang import HAS_TRITON, triton
+from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, triton
 from radlads.backends.torch.kernels.wkv7_centred import (
     wkv7_centred_grad_kernel,
     wkv7_centred_solve_kernel,
@@ -28,8 +28,8 @@ WKV7_LAUNCH = {
     "scan": ((4, 2, 64), (4, 2, 64)),
     "reverse": ((4, 2, 64), (4, 2, 64)),
     "grad": ((4, 1, 64), (4, 1, 64)),
-    "centred_solve": ((4, 2, 32), (4, 2, 32)),
-    "centred_grad": ((4, 2, 32), (4, 2, 32)),
+    "centred_solve": ((4, 1, 64), (4, 1, 64)),
+    "centred_grad": ((4, 1, 64), (4, 1, 64)),
 }
 
 
@@ -74,6 +74,12 @@ def wkv7_check(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Ten
 
 def wkv7_has_kernel(r: Tensor) -> bool:
     return HAS_TRITON and r.is_cuda and r.shape[3] in WKV7_HEAD_SIZES and r.shape[1] > 0 and r.dtype != torch.float64
+
+
+def wkv7_has_hopper(r: Tensor, log_w: Tensor) -> bool:
+    """Whether the Gluon kernels serve these inputs; the portable ones serve all."""
+    return (r.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16 and HAS_GLUON and torch.version.hip is None
+            and torch.cuda.get_device_capability(r.device)[0] == 9)
 
 
 def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float | None) -> dict[str, object]:
@@ -183,7 +189,11 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
         BV=plan["tile"]["reverse"], HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
     arguments = (r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
                  cu, chunk_seq, chunk_start, *sizes, Hv, scale)
-    if plan["centred"]:
+    if plan["centred"] and wkv7_has_hopper(r, log_w):
+        from radlads.backends.torch.kernels.wkv7_hopper import wkv7_hopper_grad_kernel
+        wkv7_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
+            *arguments, N=N, CLAMP=plan["gates"]["CLAMP"], VARLEN=cu_seqlens is not None, num_warps=4)
+    elif plan["centred"]:
         wkv7_centred_grad_kernel[(H, plan["chunks"])](
             *arguments, **plan["common"], CLAMP=plan["gates"]["CLAMP"], BK=plan["tile"]["centred_grad"], BV=plan["width"],
             **plan["launch"]["centred_grad"])

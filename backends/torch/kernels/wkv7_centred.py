@@ -67,33 +67,45 @@ def wkv7_centred_solve_kernel(r, log_w, k, a, b, solve, a_rb, from_v, out_v, fro
     cell = place * C * C + row[:, None] * C + row[None, :]
     strict = row[:, None] > row[None, :]
     causal = row[:, None] >= row[None, :]
+    # Two pair matrices at a time: four take too many registers.
     ab = tl.zeros((C, C), tl.float32)
     ak = tl.zeros((C, C), tl.float32)
+    for block in range(0, N, BK):
+        col = block + tl.arange(0, BK)
+        x, span = centred_decay(log_w + base, row, col, length, stride, N, C, CLAMP, DOT, PREC)
+        back = decay_exp(-span)
+        aq = (tile_load(a + base, row, col, length, stride, N) * decay_exp(span - x)).to(DOT)
+        kk = (tile_load(k + base, row, col, length, stride, N) * back).to(DOT)
+        ak = tl.dot(aq, tl.trans(kk), ak, input_precision=PREC)
+        if not KNOWN:
+            bb = (tile_load(b + base, row, col, length, stride, N) * back).to(DOT)
+            ab = tl.dot(aq, tl.trans(bb), ab, input_precision=PREC)
+    if KNOWN:
+        inverse = tl.load(solve + cell)
+    else:
+        # float16 holds eleven bits, and no entry leaves its range unless the recurrence itself explodes within a chunk.
+        inverse = wkv7_inverse(tl.where(strict, ab, 0.0), C, SOLVE_LEVELS, tl.float16 if DOT == tl.bfloat16 else DOT, PREC)
+        inverse = inverse.to(DOT)
+        tl.store(solve + cell, inverse)
+    uv = tl.dot(inverse, tl.where(strict, ak, 0.0).to(DOT), input_precision=PREC).to(DOT)
+    tl.store(from_v + cell, uv)
     rb = tl.zeros((C, C), tl.float32)
     rk = tl.zeros((C, C), tl.float32)
     for block in range(0, N, BK):
         col = block + tl.arange(0, BK)
         x, span = centred_decay(log_w + base, row, col, length, stride, N, C, CLAMP, DOT, PREC)
         back = decay_exp(-span)
-        aq = (tile_load(a + base, row, col, length, stride, N) * decay_exp(span - x)).to(DOT)
-        kk = tl.trans((tile_load(k + base, row, col, length, stride, N) * back).to(DOT))
-        ak = tl.dot(aq, kk, ak, input_precision=PREC)
         rq = (tile_load(r + base, row, col, length, stride, N) * (decay_exp(span) * scale)).to(DOT)
-        rk = tl.dot(rq, kk, rk, input_precision=PREC)
+        kk = (tile_load(k + base, row, col, length, stride, N) * back).to(DOT)
+        rk = tl.dot(rq, tl.trans(kk), rk, input_precision=PREC)
         if not KNOWN:
-            bb = tl.trans((tile_load(b + base, row, col, length, stride, N) * back).to(DOT))
-            ab = tl.dot(aq, bb, ab, input_precision=PREC)
-            rb = tl.dot(rq, bb, rb, input_precision=PREC)
+            bb = (tile_load(b + base, row, col, length, stride, N) * back).to(DOT)
+            rb = tl.dot(rq, tl.trans(bb), rb, input_precision=PREC)
     if KNOWN:
-        inverse = tl.load(solve + cell)
         rb = tl.load(a_rb + cell)
     else:
-        inverse = wkv7_inverse(tl.where(strict, ab, 0.0), C, SOLVE_LEVELS, DOT, PREC).to(DOT)
         rb = tl.where(causal, rb, 0.0).to(DOT)
-        tl.store(solve + cell, inverse)
         tl.store(a_rb + cell, rb)
-    uv = tl.dot(inverse, tl.where(strict, ak, 0.0).to(DOT), input_precision=PREC).to(DOT)
-    tl.store(from_v + cell, uv)
     tl.store(out_v + cell, tl.dot(rb, uv, tl.where(causal, rk, 0.0), input_precision=PREC).to(DOT))
     tile = place * C * N
     for block in range(0, N, BK):

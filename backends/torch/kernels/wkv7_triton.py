@@ -23,8 +23,13 @@ def wkv7_merge_blocks(A, inverse, HALF: tl.constexpr, C: tl.constexpr, DOT: tl.c
     row = tl.arange(0, C)
     lower = ((row[:, None] // (2 * HALF)) == (row[None, :] // (2 * HALF))) \
         & ((row[:, None] // HALF) > (row[None, :] // HALF))
-    step = split_dot(tl.where(lower, A, 0.0), inverse, tl.zeros((C, C), tl.float32), DOT, PREC, False)
-    return split_dot(inverse, step, inverse, DOT, PREC, False)
+    if DOT == tl.float16:
+        step = tl.dot(tl.where(lower, A, 0.0).to(DOT), inverse.to(DOT))
+        merged = tl.dot(inverse.to(DOT), step.to(DOT), inverse)
+    else:
+        step = split_dot(tl.where(lower, A, 0.0), inverse, tl.zeros((C, C), tl.float32), DOT, PREC, False)
+        merged = split_dot(inverse, step, inverse, DOT, PREC, False)
+    return merged
 
 
 @triton.jit
