@@ -93,8 +93,11 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
 
 
 def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
-    """Whether the Gluon kernel serves these inputs; the portable one serves all."""
-    return (q.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16 and HAS_GLUON and torch.version.hip is None
+    """Whether the Gluon kernel serves these inputs; the portable one serves all.
+
+    Heads up to 64 are left out: there its decay gradient was once measured wrong, and the repair has not been on a card yet.
+    """
+    return (q.shape[-1] > 64 and q.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16 and HAS_GLUON and torch.version.hip is None
             and torch.cuda.get_device_capability(q.device)[0] == 9)
 
 
