@@ -97,7 +97,8 @@ def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
 
     Heads up to 64 are left out: there its decay gradient was once measured wrong, and the repair has not been on a card yet.
     """
-    return (q.shape[-1] > 64 and q.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16 and HAS_GLUON and torch.version.hip is None
+    half = q.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16
+    return (half and q.shape[-1] > 64 and HAS_GLUON and torch.version.hip is None
             and torch.cuda.get_device_capability(q.device)[0] == 9)
 
 

@@ -1,0 +1,176 @@
+"""The Gluon kernels' arithmetic on the CPU: their Python bodies run on tensors, with stand-ins for Gluon's operations.
+
+This proves the equations, the masks and the use of each shared-memory box; not layouts, races or speed.
+"""
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+KERNELS = "radlads.backends.torch.kernels."
+
+
+class Index(int):
+    """A scalar of the kernel: integer arithmetic that stays a scalar, and Gluon's cast."""
+
+    def to(self, dtype: object) -> "Index":
+        return self
+
+    def __add__(self, other: object) -> "Index":
+        return Index(int(self) + other) if isinstance(other, int) else NotImplemented
+
+    def __sub__(self, other: object) -> "Index":
+        return Index(int(self) - other) if isinstance(other, int) else NotImplemented
+
+    def __mul__(self, other: object) -> "Index":
+        return Index(int(self) * other) if isinstance(other, int) else NotImplemented
+
+    def __floordiv__(self, other: int) -> "Index":
+        return Index(int(self) // other)
+
+    def __mod__(self, other: int) -> "Index":
+        return Index(int(self) % other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+
+class Pointer:
+    def __init__(self, memory: Tensor, place: object = 0) -> None:
+        self.memory, self.place = memory.view(-1), place
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, other: object) -> "Pointer":
+        return Pointer(self.memory, self.place + other)
+
+
+class Box:
+    """Shared memory; starts as NaN, so that nothing unwritten goes unnoticed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def store(self, value: Tensor) -> None:
+        assert value.dtype == self.tensor.dtype
+        self.tensor.copy_(value)
+
+    def load(self, layout: object) -> Tensor:
+        return self.tensor.clone()
+
+    def permute(self, order: tuple[int, int]) -> "Box":
+        return Box(self.tensor.permute(*order))
+
+    def index(self, i: int) -> "Box":
+        return Box(self.tensor[i])
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: object) -> "Box":
+        return Box(self.tensor.view(-1).view(dtype).view(*shape))
+
+
+def product(a: Box | Tensor, b: Box, acc: Tensor, use_acc: bool = True) -> Tensor:
+    left = a.tensor if isinstance(a, Box) else a
+    assert left.dtype == b.tensor.dtype == torch.bfloat16
+    out = left.float() @ b.tensor.float()
+    return out + acc if use_acc else out
+
+
+def choose(condition: object, a: object, b: object) -> Tensor:
+    a, b = (x.float() if isinstance(x, Tensor) else torch.tensor(x) for x in (a, b))
+    return torch.where(torch.as_tensor(condition), a, b)
+
+
+def copy_in(box: Box, pointer: Pointer, inside: Tensor) -> None:
+    box.tensor.zero_()
+    box.tensor[inside] = pointer.memory[pointer.place[inside]]
+
+
+def copy_out(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
+    pointer.memory[pointer.place[mask]] = value[mask]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """run(module, kernel, programs, *arguments): imports the module over the stand-ins and runs its kernel."""
+    here: list[tuple[int, ...]] = []
+    names = ("BlockedLayout", "NVMMADistributedLayout", "DotOperandLayout", "NVMMASharedLayout", "SwizzledSharedLayout",
+             "SliceLayout")
+    language = ModuleType("language")
+    vars(language).update(
+        {name: lambda *_, **__: None for name in names}, constexpr=object, float32=torch.float32, bfloat16=torch.bfloat16,
+        int64=None, program_id=lambda i: here[-1][i], arange=lambda a, b, layout=None: torch.arange(a, b), where=choose,
+        allocate_shared_memory=lambda dtype, shape, layout: Box(torch.full(shape, float("nan"), dtype=dtype)),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), exp2=torch.exp2, store=copy_out,
+        sum=lambda x, axis: x.sum(axis), maximum=lambda x, low: x.clamp(min=low), barrier=lambda: None)
+    hopper = ModuleType("hopper")
+    copies = SimpleNamespace(async_copy_global_to_shared=copy_in, commit_group=lambda: None, wait_group=lambda n: None)
+    vars(hopper).update(warpgroup_mma=product, fence_async_shared=lambda: None, async_copy=copies)
+    gluon = ModuleType("gluon")
+    vars(gluon).update(jit=lambda fn=None, **_: fn or (lambda f: f), language=language)
+    experimental = ModuleType("experimental")
+    vars(experimental)["gluon"] = gluon
+    for name, module in (("", experimental), (".gluon", gluon), (".gluon.language", language),
+                         (".gluon.language.nvidia", ModuleType("nvidia")), (".gluon.language.nvidia.hopper", hopper)):
+        monkeypatch.setitem(sys.modules, "triton.experimental" + name, module)
+    for module in ("wkv6_hopper", "wkv7_hopper"):
+        monkeypatch.delitem(sys.modules, KERNELS + module, raising=False)
+
+    def launch(module: str, kernel: str, programs: list[tuple[int, ...]], *arguments: object) -> None:
+        function = getattr(importlib.import_module(KERNELS + module), kernel)
+        for program in programs:
+            here.append(tuple(map(Index, program)))
+            function(*(Pointer(x) if isinstance(x, Tensor) else x for x in arguments))
+
+    yield launch
+    for module in ("wkv6_hopper", "wkv7_hopper"):
+        sys.modules.pop(KERNELS + module, None)
+
+
+def recurrence(T: int, N: int, lowest: float, removal: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and states a gradient kernel reads, in bfloat16, and the float64 gradients it should give."""
+    torch.manual_seed(0)
+    names = ["q", "k", "v", "log_w", "a", "b"]
+    kappa = torch.nn.functional.normalize(torch.randn(T, N), dim=-1)
+    values = [torch.randn(T, N), torch.randn(T, N), torch.randn(T, N), -lowest * torch.rand(T, N).square(),
+              -kappa * removal, kappa * torch.rand(T, N)]
+    inputs = {name: x.bfloat16() for name, x in zip(names, values, strict=True)}
+    inputs["d_out"] = torch.randn(T, N).bfloat16()
+    exact = {name: inputs[name].double().requires_grad_() for name in names}
+    added = torch.zeros(T, N, dtype=torch.float64, requires_grad=True)
+    state = torch.zeros(N, N, dtype=torch.float64, requires_grad=True)
+    starts, out, removed = [state], [], []
+    for t in range(T):
+        if t and t % 64 == 0:
+            state = state * 1.0
+            state.retain_grad()
+            starts.append(state)
+        q, k, v, log_w, a, b = (exact[name][t] for name in names)
+        removed.append(a @ state + added[t])
+        state = state * log_w.exp()[:, None] + k[:, None] * v + b[:, None] * removed[-1]
+        out.append(0.5 * (q @ state))
+    (torch.stack(out) * inputs["d_out"].double()).sum().backward()
+    ends = [x.grad for x in starts[1:]] + [torch.zeros(N, N)]
+    inputs.update(u=torch.stack(removed).detach().bfloat16(), du=added.grad.bfloat16(),
+                  states=torch.stack([x.detach() for x in starts]).bfloat16(), d_states=torch.stack(ends).bfloat16())
+    return inputs, {name: exact[name].grad for name in names}
+
+
+@pytest.mark.parametrize("number,N", [(6, 64), (6, 96), (7, 64), (7, 96)])
+def test_gradients_match_float64(number: int, N: int, run: object) -> None:
+    T = 70
+    x, want = recurrence(T, N, 20.0 if number == 6 else 0.6, number == 7)
+    grads = {name: torch.full((T, N), float("nan"), dtype=torch.bfloat16) for name in ("q", "log_w", "k", "a", "b")}
+    programs = [(part, 0, chunk) for part in range(-(-N // 64)) for chunk in range(2)]
+    sizes = (None, None, None, Index(T), Index(2), 1, 1, 0.5)
+    if number == 6:
+        del grads["a"], grads["b"]
+        run("wkv6_hopper", "wkv6_hopper_grad_kernel", programs, x["q"], x["log_w"], x["k"], x["v"], x["states"], x["d_out"],
+            x["d_states"], *grads.values(), *sizes, N, 8, 4, 16.0, False)
+    else:
+        run("wkv7_hopper", "wkv7_hopper_grad_kernel", programs, x["q"], x["log_w"], x["k"], x["v"], x["a"], x["b"], x["u"],
+            x["states"], x["d_out"], x["du"], x["d_states"], *grads.values(), *sizes, N, 0.6126, False)
+    for name, grad in grads.items():
+        assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
