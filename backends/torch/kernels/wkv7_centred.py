@@ -1,10 +1,8 @@
-"""Triton kernels of the generalised delta rule for decays with a bound: solve and grad, both per chunk, beside wkv7_triton.
+"""Triton kernels of the generalised delta rule for bounded decays: solve and grad of one chunk, beside wkv7_triton.
 
-The bound allows one reference point per chunk, its middle: with c_t the log-decay from there up to token t,
-    rq = scale r e^c_t ;  aq = a e^c_(t-1) ;  kk = k e^-c_t ;  bb = b e^-c_t
-and S the state decayed to the middle, a chunk is products of these alone (u_t = S_(t-1) a_t is what token t removes):
-    u = T (aq S + A_ak v) ;  out = rq S + A_rk v + A_rb u ;  S' = S + kk^T v + bb^T u ;  T = (I - A_ab)^-1
-with A_xy the products x y^T over the causal pairs.
+With c_t the log-decay from the chunk's middle to token t: rq = scale r e^c_t, aq = a e^c_(t-1), kk = k e^-c_t, bb = b e^-c_t;
+S the state decayed to the middle, A_xy = x y^T over causal pairs, T = (I - A_ab)^-1. Then u_t = S_(t-1) a_t is
+u = T (aq S + A_ak v), out = rq S + A_rk v + A_rb u, and the chunk ends with S + kk^T v + bb^T u.
 """
 from radlads.backends.torch.kernels.chunks import decay_exp, gate_load, split_dot, tile_load, tile_store
 from radlads.backends.torch.kernels.lang import tl, triton
