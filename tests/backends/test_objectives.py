@@ -1,16 +1,21 @@
 """What the stages minimise when tokens are masked, documents are kept apart, or the follower's form is asked for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from radlads.backends.torch.head import retied, untied
 from radlads.backends.torch.objectives import alignment_errors, objective, weight
 from radlads.backends.torch.optim import trainable
-from radlads.backends.torch.trainer import accumulate
-from radlads.data.samples import FIRST, PAD, SILENT
+from radlads.backends.torch.parallel import Task
+from radlads.backends.torch.trainer import StageRun
+from radlads.backends.torch.world import World
+from radlads.data.samples import FIRST, PAD, SILENT, Corpus
 from radlads.recipe import Stage
+from radlads.runs import begin_run
 from tests.backends.test_torch_model import model_of, random_weights
-from tests.backends.test_training import TEACHER, pair
+from tests.backends.test_training import TEACHER, corpus, pair, recipe  # noqa: F401
 from tests.models import tiny_spec
 
 KINDS = ("align", "distill", "lm")
@@ -95,18 +100,18 @@ def test_padding_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_weigh_by_what_counts(kind: str) -> None:
+def test_micro_batches_weigh_by_what_counts(kind: str, corpus: Corpus, tmp_path: Path) -> None:  # noqa: F811
     sample = tokens(4, 13)
     sample[0, 3:] |= PAD | SILENT
     sample[2, 1:6] |= SILENT
-    values, grads = [], []
+    found = []
     for micro in (4, 1):
-        student, teacher = pair()
         of = stage(kind, packing="document", micro_batch=micro)
-        trained = trainable(student, of.train)
-        values.append(accumulate(of, student, teacher, sample)[0])
-        grads.append({name: p.grad for name, p in trained.items() if p.grad is not None})
-    assert_same((values[0], grads[0]), (values[1], grads[1]))
+        with begin_run(tmp_path / str(micro), recipe(kind=kind)) as run:
+            begun = StageRun(of, Task(of, *pair()), corpus, run, World())
+            loss, _ = begun.accumulate(sample)
+        found.append((loss, {name: p.grad for name, p in begun.parameters.items() if p.grad is not None}))
+    assert_same(*found)
 
 
 def test_mse_is_the_mean_of_squares() -> None:
