@@ -1,14 +1,16 @@
 """What each training stage minimises: the paper's steps 1 (align), 2 (distill) and 3 (lm)."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from radlads.backends.torch.compiled import compiles_layers
 from radlads.backends.torch.losses import IGNORED, TeacherHead, distillation_loss
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.state import empty_state
+from radlads.backends.torch.state import MixContext, empty_state
 from radlads.backends.torch.vocabulary import is_split, vocabulary_loss
 from radlads.data.samples import FIRST, PAD, SILENT, TOKEN
 from radlads.mixers import MIXERS
@@ -105,23 +107,38 @@ def alignment_errors(
     """
     spec = student.spec
     errors = []
-    converted: Any = student.model.layers
+    students: Any = student.model.layers
     with torch.no_grad():
         x = teacher.model.embed_tokens(tokens)
         state = empty_state(spec, len(tokens), tokens.device)
         teacher_context, _ = teacher.model.context(tokens, state, None, cu_seqlens, x.dtype)
     context, _ = student.model.context(tokens, state, None, cu_seqlens, x.dtype)
-    layer: Any
+    step = compiled_aligned() if compiles_layers(student) else aligned
     for index, layer in enumerate(teacher.model.layers):
-        with torch.no_grad():
-            normed = layer.input_layernorm(x)
-            wanted, _ = layer.self_attn(normed, teacher_context, {})
-        if MIXERS[spec.mixers[index]].recurrent:
-            mixed, _ = converted[index].self_attn(normed, context, {})
-            distance = torch.linalg.vector_norm(wanted - mixed, dim=-1).float() * spec.D**-0.5
+        mixer = students[index].self_attn if MIXERS[spec.mixers[index]].recurrent else None
+        x, distance = step(layer, mixer, x, teacher_context, context)
+        if distance is not None:
             distance = distance if loss == "norm" else distance.square()
             errors.append((distance if real is None else distance[real]).mean())
-        with torch.no_grad():
-            x = x + wanted
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
     return torch.stack(errors)
+
+
+def aligned(
+    layer: Any, mixer: Any, x: Tensor, teacher_context: MixContext, context: MixContext
+) -> tuple[Tensor, Tensor | None]:
+    """One teacher layer: its output (B, T, D), and how far `mixer` of the same input is from its attention (B, T) float32."""
+    with torch.no_grad():
+        normed = layer.input_layernorm(x)
+        wanted, _ = layer.self_attn(normed, teacher_context, {})
+        onward = x + wanted
+        onward = onward + layer.mlp(layer.post_attention_layernorm(onward))
+    if mixer is None:
+        return onward, None
+    mixed, _ = mixer(normed, context, {})
+    return onward, torch.linalg.vector_norm(wanted - mixed, dim=-1).float() * x.shape[-1] ** -0.5
+
+
+@cache
+def compiled_aligned() -> Any:
+    """`aligned` as one graph, made when it is first asked for: torch.compile alone takes a second to import."""
+    return torch.compile(aligned, fullgraph=True, dynamic=False)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from radlads.backends.torch.kernels.adamw import adamw_, adamw_has_kernel
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.moments import SmallAdamW, read
 from radlads.recipe import Stage
@@ -36,6 +37,11 @@ def trainable(model: Model, train: str) -> dict[str, nn.Parameter]:
     return chosen
 
 
+def local(x: Any) -> Any:
+    """What this process holds of a tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 class Optimizer:
     """AdamW in two groups, mixers and the rest, with float32 masters of lower-precision parameters."""
 
@@ -51,8 +57,13 @@ class Optimizer:
         # The same tensor where it is float32 already.
         self.masters = {name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()}
         groups: dict[str, list[Tensor]] = {"base": [], "mixer": []}
+        self.groups: dict[str, list[str]] = {"base": [], "mixer": []}
+        # Updates made so far: steps that were not skipped.
+        self.updates = 0
         for name, master in self.masters.items():
-            groups["mixer" if ".self_attn." in name else "base"].append(master)
+            group = "mixer" if ".self_attn." in name else "base"
+            self.groups[group].append(name)
+            groups[group].append(master)
         tables = [{"params": members, "name": name} for name, members in groups.items() if members]
         settings: dict[str, Any] = {"lr": stage.lr, "betas": stage.betas, "eps": stage.eps, "weight_decay": stage.weight_decay}
         self.adam: torch.optim.Optimizer
@@ -70,35 +81,54 @@ class Optimizer:
         rates = self.rates(number)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = self.total_norm(grads).float()
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            if self.stage.clip:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.stage.clip, norm)
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter and parameter.grad is not None:
-                    self.masters[name].grad = parameter.grad.float()
+        if bool(torch.isfinite(norm)):
             for group in self.adam.param_groups:
                 group["lr"] = rates[group["name"]]
-            self.adam.step()
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    if self.masters[name] is not parameter:
-                        parameter.copy_(self.masters[name])
-                        self.masters[name].grad = None
+            self.update(norm)
         for parameter in self.parameters.values():
             parameter.grad = None
         return rates[self.adam.param_groups[-1]["name"]], float(norm)
+
+    @torch.no_grad()
+    def update(self, norm: Tensor) -> None:
+        """One update from the gradients, clipped by their norm; weights that a kernel updates in one pass need no copies."""
+        self.updates += 1
+        moving = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        whole = isinstance(self.adam, torch.optim.AdamW)  # SmallAdamW keeps its moments in another form
+        fast = {n for n, p in moving.items() if whole and self.masters[n] is not p and adamw_has_kernel(local(p))}
+        slow = [name for name in moving if name not in fast]
+        if fast:
+            factor = (self.stage.clip / (norm + 1e-6)).clamp(max=1.0) if self.stage.clip else torch.ones_like(norm)
+            for group in self.adam.param_groups:
+                self.update_in_one_pass([name for name in self.groups[group["name"]] if name in fast], group, factor)
+        if self.stage.clip and slow:
+            torch.nn.utils.clip_grads_with_norm_([moving[name] for name in slow], self.stage.clip, norm)
+        for name in slow:
+            if self.masters[name] is not moving[name]:
+                self.masters[name].grad = moving[name].grad.float()
+        if slow:
+            self.adam.step()
+        for name in slow:
+            if self.masters[name] is not moving[name]:
+                moving[name].copy_(self.masters[name])
+                self.masters[name].grad = None
+
+    def update_in_one_pass(self, names: list[str], group: dict[str, Any], factor: Tensor) -> None:
+        """AdamW of the named weights by kernel, with the gradients times `factor`."""
+        settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        for name in names:
+            parameter, master = self.parameters[name], self.masters[name]
+            state = self.adam.state[master]
+            if not state:
+                state |= {moment: torch.zeros_like(master) for moment in ("exp_avg", "exp_avg_sq")}
+            tensors = (parameter, parameter.grad, master, state["exp_avg"], state["exp_avg_sq"])
+            adamw_(*(local(x) for x in tensors), factor, number=self.updates, **settings)
 
     def rates(self, number: int) -> dict[str, float]:
         """Learning rate of each group at optimiser step `number`."""
         stage, per_step = self.stage, self.stage.tokens_per_step
         peaks = {"base": (stage.lr, stage.lr_final), "mixer": (stage.mixer_lr, stage.mixer_lr_final)}
         return {name: learning_rate(stage, number, number * per_step, per_step, *ends) for name, ends in peaks.items()}
-
-    @property
-    def updates(self) -> int:
-        """Updates made so far: steps that were not skipped."""
-        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters and both moments by name, for a checkpoint; empty moments before the first step."""
@@ -113,6 +143,7 @@ class Optimizer:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Take masters and moments from a checkpoint made after `updates` updates."""
+        self.updates = updates
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
             self.parameters[name].copy_(master)

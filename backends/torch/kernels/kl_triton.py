@@ -2,6 +2,10 @@
 
 from radlads.backends.torch.kernels.lang import tl, triton
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+# A logit beyond the vocabulary: its exponential is 0, and the difference of two is no NaN.
+NOTHING = tl.constexpr(-1e30)
+
 
 @triton.jit
 def kl_over_mixture(log_ratio, log_beta, log_rest):
@@ -30,55 +34,56 @@ def kl_stats_kernel(student, teacher, labels, table, V, student_stride, teacher_
     teacher += row * teacher_stride
     table += row * COLUMNS
     lane = tl.arange(0, BLOCK)
-    z_max = tl.full((), float("-inf"), tl.float32)
-    t_max = tl.full((), float("-inf"), tl.float32)
+    # Powers of two of (x - max) * scale: one multiply-add and one exponential for each logit.
+    scale = inv_temperature * LOG2_E
+    z_max = tl.full((), NOTHING, tl.float32)
+    t_max = tl.full((), NOTHING, tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     t_sum = tl.zeros((BLOCK,), tl.float32)
     plain_sum = tl.zeros((BLOCK,), tl.float32)
     cross = tl.zeros((BLOCK,), tl.float32)
-    next_z = kl_block(student, lane, V, float("-inf"))
+    next_z = kl_block(student, lane, V, NOTHING)
     next_t = next_z
     if KIND != "none":
-        next_t = kl_block(teacher, lane, V, float("-inf"))
+        next_t = kl_block(teacher, lane, V, NOTHING)
     for start in range(0, V, BLOCK):
-        inside = start + lane < V
-        z = next_z.to(tl.float32) * inv_temperature
-        t = next_t.to(tl.float32) * inv_temperature
-        next_z = kl_block(student, start + BLOCK + lane, V, float("-inf"))
+        z = next_z.to(tl.float32)
+        t = next_t.to(tl.float32)
+        next_z = kl_block(student, start + BLOCK + lane, V, NOTHING)
         if KIND != "none":
-            next_t = kl_block(teacher, start + BLOCK + lane, V, float("-inf"))
+            next_t = kl_block(teacher, start + BLOCK + lane, V, NOTHING)
             z_new, t_new = tl.reduce((z, t), 0, kl_larger)
         else:
             z_new = tl.max(z, 0)
             t_new = t_max
         z_new = tl.maximum(z_max, z_new)
-        z_scale = tl.exp(z_max - z_new)
-        z_exp = tl.exp(z - z_new)
+        z_scale = tl.exp2((z_max - z_new) * scale)
+        z_exp = tl.exp2(z * scale - z_new * scale)
         z_sum = z_sum * z_scale + z_exp
         if CE:
-            plain_sum = plain_sum * tl.exp((z_max - z_new) / inv_temperature) + tl.exp((z - z_new) / inv_temperature)
+            plain_sum = plain_sum * tl.exp2((z_max - z_new) * LOG2_E) + tl.exp2(z * LOG2_E - z_new * LOG2_E)
         z_max = z_new
         if KIND != "none":
             t_new = tl.maximum(t_max, t_new)
-            t_scale = tl.exp(t_max - t_new)
-            t_exp = tl.exp(t - t_new)
+            t_scale = tl.exp2((t_max - t_new) * scale)
+            t_exp = tl.exp2(t * scale - t_new * scale)
             t_sum = t_sum * t_scale + t_exp
             t_max = t_new
             if KIND == "kl":
-                cross = cross * t_scale + t_exp * tl.where(inside, t - z, 0.0)
+                cross = cross * t_scale + t_exp * (t - z)
             if KIND == "reverse_kl":
-                cross = cross * z_scale + z_exp * tl.where(inside, z - t, 0.0)
+                cross = cross * z_scale + z_exp * (z - t)
     z_total = tl.sum(z_sum, 0)
-    tl.store(table, z_max + tl.log(z_total))
+    tl.store(table, z_max * inv_temperature + tl.log(z_total))
     if KIND != "none":
         t_total = tl.sum(t_sum, 0)
-        tl.store(table + 1, t_max + tl.log(t_total))
+        tl.store(table + 1, t_max * inv_temperature + tl.log(t_total))
         if KIND == "kl":
-            tl.store(table + 2, tl.sum(cross, 0) / t_total)
+            tl.store(table + 2, tl.sum(cross, 0) / t_total * inv_temperature)
         if KIND == "reverse_kl":
-            tl.store(table + 2, tl.sum(cross, 0) / z_total)
+            tl.store(table + 2, tl.sum(cross, 0) / z_total * inv_temperature)
     if CE:
-        tl.store(table + 3, z_max / inv_temperature + tl.log(tl.sum(plain_sum, 0)))
+        tl.store(table + 3, z_max + tl.log(tl.sum(plain_sum, 0)))
         label = tl.load(labels + row) - first_id
         tl.store(table + 4, tl.load(student + label, mask=(label >= 0) & (label < V), other=0.0).to(tl.float32))
 
@@ -120,6 +125,7 @@ def kl_grad_kernel(student, teacher, labels, weights, table, V, student_stride, 
     weight = tl.load(weights + row)
     z_log_sum = tl.load(table)
     kl_scale = weight * kl_weight * inv_temperature
+    scale = inv_temperature * LOG2_E
     if KIND != "top_k":
         t_log_sum = tl.load(table + 1)
     if KIND == "reverse_kl":
@@ -140,16 +146,16 @@ def kl_grad_kernel(student, teacher, labels, weights, table, V, student_stride, 
     for step in range(0, blocks):
         column = (blocks - 1 - step) * BLOCK + lane
         z = next_z.to(tl.float32)
-        log_p = next_t.to(tl.float32) * inv_temperature
+        t = next_t.to(tl.float32)
         next_z = kl_block(student, column - BLOCK, V, 0.0)
         log_q = z * inv_temperature - z_log_sum
-        q = tl.exp(log_q)
+        q = tl.exp2(z * scale - z_log_sum * LOG2_E)
         grad = tl.zeros((BLOCK,), tl.float32)
         if KIND != "top_k":
             next_t = kl_block(teacher, column - BLOCK, V, 0.0)
-            log_p -= t_log_sum
+            log_p = t * inv_temperature - t_log_sum
             if KIND == "kl":
-                grad = q - tl.exp(log_p)
+                grad = q - tl.exp2(t * scale - t_log_sum * LOG2_E)
             if KIND == "reverse_kl":
                 grad = q * (log_q - log_p - slope)
             if KIND == "jsd":

@@ -22,7 +22,7 @@ except ImportError:
         return RefusedKernel(fn) if fn is not None else RefusedKernel
 
     triton = SimpleNamespace(jit=decorate_only, autotune=decorate_only, heuristics=decorate_only)
-    tl = SimpleNamespace(constexpr=object())
+    tl = SimpleNamespace(constexpr=lambda value: value)
     HAS_TRITON = False
 
 # The layer below Triton that the Hopper kernels are written in; part of Triton since 3.5.
