@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from radlads.backends.torch import optim
-from radlads.backends.torch.compiled import compile_layers
+from radlads.backends.torch.compiled import compiled_layers
 from radlads.backends.torch.mixers import rwkv7 as rwkv7_mixer
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import alignment_errors, objective
@@ -125,20 +125,16 @@ def idle_share(step: Callable[[], object]) -> float:
     return 1 - busy / 1e3 / wall
 
 
-def measure(stage: Stage, form: str, student: Model, teacher: Model, batch: tuple[int, int], rate: float,
-            options: argparse.Namespace) -> tuple[str, float, float]:
-    """(row, seconds of a step, seconds of its update)."""
+def draw(spec: ModelSpec, batch: tuple[int, int]) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(1)
-    samples = torch.randint(0, student.spec.V, (batch[0], batch[1] + 1), device="cuda", generator=generator)
+    return torch.randint(0, spec.V, (batch[0], batch[1] + 1), device="cuda", generator=generator)
+
+
+def measure_form(stage: Stage, form: str, student: Model, teacher: Model, samples: Tensor, wanted: float, rate: float,
+                 options: argparse.Namespace) -> tuple[str, float, float]:
+    """(row, seconds of a step, seconds of its update)."""
+    batch = (len(samples), samples.shape[1] - 1)
     optim.adamw_has_kernel = optim_has_kernel if form == "ours" else lambda weight: False
-    for model in (student, teacher):
-        for layer in model.model.layers:
-            layer._compiled_call_impl = None
-    with torch.no_grad():  # the published form, at these very weights
-        wanted = float(upstream_loss(stage, student, teacher, samples, checkpointing=False))
-    if form == "ours":
-        compile_layers(student)
-        compile_layers(teacher)
     parameters = trainable(student, stage.train)
     optimizer = Optimizer(parameters, stage)
     updates, number = [], iter(range(1000))
@@ -184,6 +180,15 @@ def measure(stage: Stage, form: str, student: Model, teacher: Model, batch: tupl
     print(row, flush=True)
     optimizer = None
     return row, took, update
+
+
+def measure(stage: Stage, form: str, student: Model, teacher: Model, batch: tuple[int, int], rate: float,
+            options: argparse.Namespace) -> tuple[str, float, float]:
+    samples = draw(student.spec, batch)
+    with torch.no_grad():  # the published form, at these very weights
+        wanted = float(upstream_loss(stage, student, teacher, samples, checkpointing=False))
+    with compiled_layers(student, teacher, wanted=form == "ours"):
+        return measure_form(stage, form, student, teacher, samples, wanted, rate, options)
 
 
 optim_has_kernel = optim.adamw_has_kernel

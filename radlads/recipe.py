@@ -176,6 +176,7 @@ class Parallel(Part):
     weights too and gathers them unit by unit. `teacher`: "whole" on each GPU, "sharded", or "offloaded" to the CPU's memory.
     `vocab_heads` splits the output matrices by vocabulary. `sequence` is how many processes share one sequence, by kind of
     stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in. After
+    `compile` "auto" compiles the layers where one process trains on a GPU and nothing is recomputed. After
     `hang_timeout` seconds without a step a run saves its stacks and ends (0: never). "auto" takes what fits the GPUs.
     """
 
@@ -185,6 +186,7 @@ class Parallel(Part):
     sequence: dict[Literal["distill", "lm"], Count] = Field(default_factory=dict)
     recompute: Literal["auto", "always", "never"] = "auto"
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    compile: Literal["auto", "off"] = "auto"
     hang_timeout: Annotated[Number, Field(ge=0, lt=1e6)] = 1800.0
 
     def sharing(self, kind: str) -> int:

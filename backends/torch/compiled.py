@@ -1,5 +1,7 @@
 """torch.compile, a layer at a time: all layers of one kind share one graph, so that the first step stays short."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -8,17 +10,33 @@ from torch import nn
 GRAPHS = 64
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile every decoder layer of `model` in place; parameters, names and results stay as they are."""
+@contextmanager
+def compiled_layers(*models: nn.Module, wanted: bool = True, **options: Any) -> Iterator[None]:
+    """Compile every decoder layer of `models` while the block runs; parameters and names stay as they are.
+
+    `options` go to torch.compile. Not `wanted`: nothing happens. A layer that cannot be one graph raises where it is run.
+    """
+    if not wanted:
+        yield
+        return
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    layers: Any = model.model.layers
+    layers: list[Any] = [layer for model in models for layer in layers_of(model)]
     for layer in layers:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False, **options)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
 
 
-def compiles_layers(model: nn.Module) -> bool:
-    """Whether compile_layers was called on `model`."""
-    layers: Any = model.model.layers
-    return layers[0]._compiled_call_impl is not None
+def layers_compiled(model: nn.Module) -> bool:
+    """Whether the layers of `model` are compiled now."""
+    return all(layer._compiled_call_impl is not None for layer in layers_of(model))
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers."""
+    return list(model.model.layers)

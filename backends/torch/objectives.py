@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from radlads.backends.torch.compiled import compiles_layers
+from radlads.backends.torch.compiled import layers_compiled
 from radlads.backends.torch.losses import IGNORED, TeacherHead, distillation_loss
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import MixContext, empty_state
@@ -113,7 +113,7 @@ def alignment_errors(
         state = empty_state(spec, len(tokens), tokens.device)
         teacher_context, _ = teacher.model.context(tokens, state, None, cu_seqlens, x.dtype)
     context, _ = student.model.context(tokens, state, None, cu_seqlens, x.dtype)
-    step = compiled_aligned() if compiles_layers(student) else aligned
+    step = compiled_aligned() if layers_compiled(student) else aligned
     for index, layer in enumerate(teacher.model.layers):
         mixer = students[index].self_attn if MIXERS[spec.mixers[index]].recurrent else None
         x, distance = step(layer, mixer, x, teacher_context, context)

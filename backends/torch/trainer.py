@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from radlads.backends.torch.checkpoint import Checkpoints
+from radlads.backends.torch.compiled import compiled_layers
 from radlads.backends.torch.load import DTYPES
 from radlads.backends.torch.objectives import weight
 from radlads.backends.torch.optim import Optimizer, trainable
@@ -181,8 +182,13 @@ def run_stage(
     parts = StageRun(stage, task, corpus, run, world)
     watchdog = Watchdog(run.stacks, world.rank, run.recipe.parallel.hang_timeout)
     task.train()
+    models = [model for model in task.pair if model is not None]
+    alone = world.size == 1 and world.device.type == "cuda"
+    recomputed = run.recipe.parallel.recompute == "always"
+    wanted = run.recipe.parallel.compile == "auto" and alone and not recomputed
     try:
-        return steps(parts, parts.resume(), report, stopping, watchdog)
+        with compiled_layers(*models, wanted=wanted):
+            return steps(parts, parts.resume(), report, stopping, watchdog)
     except RuntimeError as error:
         world.lost(error)
     finally:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from radlads.backends.torch.compiled import compiled_layers, layers_compiled
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.objectives import alignment_errors
+from radlads.backends.torch.objectives import aligned, alignment_errors
 from radlads.backends.torch.optim import Optimizer, trainable
 from radlads.backends.torch.parallel import Task
 from radlads.backends.torch.trainer import run_stage
@@ -167,3 +168,29 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, corpus: Corpus) -> No
         steps: list[int] = []
         run_stage(stage, Task(stage, again, None), corpus, run, lambda p: steps.append(p.step))
     assert steps[0] == 5  # from the checkpoint of step 4
+
+
+@pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7"])
+def test_layers_compile_to_few_whole_graphs(mixer: str) -> None:
+    """No graph breaks, and all layers of one kind in one graph (the first RAD-RWKV7 layer is a kind of its own)."""
+    spec = tiny_spec("qwen2", num_layers=4)
+    student, teacher = (model_of(s, random_weights(s)) for s in (spec.as_student(mixer), spec))
+    tokens, graphs = torch.randint(0, 300, (2, 11)), []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    wanted = student.model(tokens)[0], alignment_errors(student, teacher, tokens)
+    torch._dynamo.reset()
+    with compiled_layers(student, teacher, backend=keep):
+        found = student.model(tokens)[0]
+        whole = len(graphs)
+        one = torch.compile(aligned, fullgraph=True, dynamic=False, backend=keep)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("radlads.backends.torch.objectives.compiled_aligned", lambda: one)
+            errors = alignment_errors(student, teacher, tokens)
+    assert not layers_compiled(student)
+    kinds = 1 + (mixer == "rwkv7")
+    assert (whole, len(graphs)) == (kinds, 2 * kinds)
+    torch.testing.assert_close((found, errors), wanted)
