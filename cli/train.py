@@ -287,7 +287,7 @@ def result_of(folder: Path) -> TrainResult:
     """The end of a finished run: table, texts, report."""
     import json
 
-    from radlads.report import table_rows, write_report
+    from radlads.report import plan_rows, table_rows, write_report
     from radlads.runs import read_metrics
 
     records = read_metrics(folder)
@@ -299,6 +299,9 @@ def result_of(folder: Path) -> TrainResult:
     if "short_context_loss" in teacher:
         rise = teacher["short_context_loss"] - teacher["full_context_loss"]
         notes.append(f"the teacher's loss rises by {rise:.3f} nats when it sees only the last {teacher['short_context']} tokens")
+    for stage, gpus, planned, took, planned_gib, used_gib in plan_rows(records):
+        text = f"stage {stage} on {gpus} GPUs took {took} s of {planned} planned, and {used_gib} GiB of {planned_gib} planned"
+        notes.append(text)
     samples = [r for r in records if r.get("kind") == "sample"]
     shown = [samples[0], samples[-1]] if len(samples) > 1 else samples
     titles = ("teacher", "student")

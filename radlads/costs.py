@@ -4,7 +4,9 @@ Standard library and spec only. Operations are model FLOPs: two per multiply-add
 as `Mixer.scan_flops` counts it; nothing that is computed twice counts twice, but it takes time. docs/plan.md has the terms.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from radlads.mixers import MIXERS
@@ -35,6 +37,14 @@ GPUS = {
         Gpu("b200", 176.0, 1600e12, 7.0e12, 650e9, False),
     )
 }
+
+
+def gpu_called(name: str, gpus: dict[str, Gpu] = GPUS) -> Gpu | None:
+    """The GPU that a driver calls "NVIDIA H100 80GB HBM3"; None for one that the table does not know."""
+    words = name.lower().replace("-", " ").split()
+    return next((gpu for key, gpu in gpus.items() if key in words), None)
+
+
 # Share of the matmul rate that model FLOPs reach while computing, by kind of stage: what the trainer is built for.
 EFFICIENCY = {"align": 0.55, "distill": 0.50, "lm": 0.50}
 # Share of communication that computing hides, where there is enough of it.
@@ -371,20 +381,33 @@ def resolved(how: Parallel, stage: StagePlan) -> Parallel:
     return replace_how(how, stage.layout, stage.teacher, "always" if stage.recompute else "never")
 
 
-def fit(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu) -> list[tuple[str, Plan]]:
-    """Changes, cheapest first, after each of which (alone or with those before) the run fits; empty where none helps.
+def ways_of(
+    recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu | None
+) -> dict[str, Parallel]:
+    """How each kind of stage is spread with every "auto" resolved, the teacher alike in all; the simplest way on no known GPU."""
+    how = recipe.parallel
+    if gpu is None:
+        plain = {"layout": "optimizer", "teacher": "whole", "recompute": "never"}
+        chosen = {key: value for key, value in plain.items() if getattr(how, key) == "auto"}
+        return {stage.kind: how.model_copy(update=chosen) for stage in recipe.stages}
+    held = [stage.teacher for stage in plan_run(recipe, teacher, student, gpus, gpu).stages if stage.name != "lm"]
+    leanest = next((way for way in ("offloaded", "sharded") if way in held), "whole")
+    alike = recipe.model_copy(update={"parallel": how.model_copy(update={"teacher": leanest})})
+    return {stage.name: resolved(alike.parallel, stage) for stage in plan_run(alike, teacher, student, gpus, gpu).stages}
 
-    Each is (settings as --set values, the plan with them).
+
+def fit(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu) -> list[tuple[str, Plan]]:
+    """What makes a run fit that does not: settings that cost little time, and more GPUs; none where neither helps.
+
+    Each is (flags of the command line, the plan with them).
     """
     found: list[tuple[str, Plan]] = []
-    changes: list[str] = []
-    tried, count = recipe, gpus
-    for setting in ladder(recipe, gpus, gpu, student):
-        changes.append(setting)
-        tried, count = apply(tried, setting, count)
-        plan = plan_run(tried, teacher, student, count, gpu)
+    tried = recipe
+    for change in ladder(gpus, student):
+        tried = change(tried)
+        plan = plan_run(tried, teacher, student, gpus, gpu)
         if plan.fits:
-            found.append((" ".join(changes), plan))
+            found.append((flags(recipe, tried), plan))
             break
     for more in (gpus * 2, gpus * 4, gpus * 8):
         if all(stage.batch_size % more == 0 for stage in recipe.stages):
@@ -395,34 +418,39 @@ def fit(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int
     return found
 
 
-def ladder(recipe: Recipe, gpus: int, gpu: Gpu, student: ModelSpec) -> list[str]:
-    """Settings that save memory, those that cost least time first."""
-    steps = []
-    smallest = min(stage.micro_batch for stage in recipe.stages)
-    for size in (8, 4, 2, 1):
-        if size < max(stage.micro_batch for stage in recipe.stages) or size < smallest:
-            steps.append(f"micro_batch={size}")
+def ladder(gpus: int, student: ModelSpec) -> list[Callable[[Recipe], Recipe]]:
+    """Changes that save memory, one after the other, those that cost least time first."""
+    changes = [partial(smaller, size=size) for size in (8, 4, 2, 1)]
     if gpus > 1 and not student.tie_embeddings:
-        steps.append("parallel.vocab_heads=true")
-    steps += ["parallel.moments=bfloat16", "parallel.moments=int8"]
-    if recipe.parallel.teacher == "auto":
-        steps.append("parallel.teacher=offloaded")
-    return steps
+        changes.append(partial(spread_so, vocab_heads=True))
+    changes += [partial(spread_so, moments=kind) for kind in ("bfloat16", "int8")]
+    return [*changes, partial(spread_so, teacher="offloaded")]
 
 
-def apply(recipe: Recipe, setting: str, gpus: int) -> tuple[Recipe, int]:
-    """The recipe with one setting of `ladder`."""
-    key, _, text = setting.partition("=")
-    if key == "micro_batch":
-        size = int(text)
-        stages = tuple(
-            s.model_copy(update={"micro_batch": size}) if s.micro_batch > size and s.batch_size % size == 0 else s
-            for s in recipe.stages
-        )
-        return recipe.model_copy(update={"stages": stages}), gpus
-    name = key.partition(".")[2]
-    value: Any = True if text == "true" else text
-    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={name: value})}), gpus
+def smaller(recipe: Recipe, size: int) -> Recipe:
+    """The recipe with micro-batches of at most `size`, where that divides the batch."""
+    stages = tuple(
+        stage.model_copy(update={"micro_batch": size}) if stage.micro_batch > size and stage.batch_size % size == 0 else stage
+        for stage in recipe.stages
+    )
+    return recipe.model_copy(update={"stages": stages})
+
+
+def spread_so(recipe: Recipe, **values: object) -> Recipe:
+    """The recipe with other values of its `parallel` table."""
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=values)})
+
+
+def flags(recipe: Recipe, changed: Recipe) -> str:
+    """The `--set` flags that turn one recipe into the other."""
+    words = [
+        f"--set stages.{number}.micro_batch={new.micro_batch}"
+        for number, (old, new) in enumerate(zip(recipe.stages, changed.stages, strict=True))
+        if old.micro_batch != new.micro_batch
+    ]
+    before, after = recipe.parallel.model_dump(), changed.parallel.model_dump()
+    words += [f"--set parallel.{name}={str(after[name]).lower()}" for name in after if after[name] != before[name]]
+    return " ".join(words)
 
 
 def as_json(plan: Plan, price: float | None) -> dict[str, Any]:

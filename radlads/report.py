@@ -67,6 +67,7 @@ def page_values(folder: Path, records: Sequence[dict[str, Any]], plots: Sequence
         "recipe": (folder / RECIPE).read_text(encoding="utf-8", errors="replace"),
         "environment": record.get("environment") if isinstance(record.get("environment"), dict) else {},
         "stages": stage_rows(records),
+        "plan": plan_rows(records),
         "metrics": METRICS,
     }
 
@@ -132,6 +133,19 @@ def stage_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
                 (last.get("step"), ",.0f"), (last.get("tokens"), ",.0f"), (last.get("loss"), ".4f"), (speed, ",.0f")
             ))])  # fmt: skip
     return rows
+
+
+def plan_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Time and peak memory of each stage beside its plan; empty where nothing was planned."""
+    latest = {r.get("stage"): r for r in records if r.get("kind") == "resources" and number(r.get("planned_seconds"))}
+    return [
+        [
+            str(stage),
+            *(figure(r.get(key), ",.0f") for key in ("processes", "planned_seconds", "seconds")),
+            *(figure(r.get(key), ".1f") for key in ("planned_peak_gib", "peak_gib")),
+        ]
+        for stage, r in sorted(latest.items(), key=lambda item: str(item[0]))
+    ]
 
 
 def sample_texts(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ number of processes. Writing goes on beside training. The index of the latter is
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -74,7 +75,7 @@ class Checkpoints:
         path = Path(self.world.once(begin))
         state = {name: self.sharded(tensor, shapes[name]) for name, tensor in tensors.items()}
         written: Any = dcp.async_save(
-            state, storage_writer=dcp.FileSystemWriter(path, sync_files=True), process_group=self.world.control
+            state, storage_writer=dcp.FileSystemWriter(path, sync_files=True), process_group=self.world.saving
         )
         self.writing = [written]
         if self.world.first:
@@ -128,8 +129,9 @@ class Checkpoints:
             rows = rows_of(shape[0], self.world)
             local[name] = torch.empty(rows.stop - rows.start, *shape[1:], device=device)
         alone = self.world.size == 1
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads what several wrote
         state = local if alone else {name: self.sharded(tensor, shapes[name]) for name, tensor in local.items()}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.world.control, no_dist=alone)
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.world.saving, no_dist=alone)
         return local
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from radlads import costs
 from radlads.backends.torch.difficulty import layer_difficulty
 from radlads.backends.torch.engine import TorchEngine, TorchState
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
@@ -33,6 +34,7 @@ from radlads.recipe import Recipe, Stage
 from radlads.runs import Run
 from radlads.sampling import Sampling
 from radlads.session import stream
+from radlads.spec import ModelSpec
 from radlads.tokenizer import Tokenizer
 
 # The teacher is also measured with only this many tokens of context: the gap shows what its attention does.
@@ -50,8 +52,13 @@ Stopping = Callable[[], bool]
 class RecipeRun:
     """The parts of a run that every stage needs: teacher, data, tokenizer, device."""
 
-    def __init__(self, run: Run, teacher: ModelFolder | None, tokenizer: Tokenizer, world: World) -> None:
+    def __init__(
+        self, run: Run, teacher: ModelFolder | None, student: ModelSpec, tokenizer: Tokenizer, world: World
+    ) -> None:
         self.run, self.recipe, self.tokenizer, self.world = run, run.recipe, tokenizer, world
+        self.gpu = costs.gpu_called(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+        self.specs = (None if teacher is None else teacher.spec, student)
+        self.ways = costs.ways_of(self.recipe, *self.specs, world.size, self.gpu)
         if world.device.type == "cpu":
             keep_freed_memory()
         torch.set_float32_matmul_precision("high")
@@ -86,7 +93,7 @@ class RecipeRun:
 
     def frozen(self, folder: ModelFolder) -> Model:
         """The model of a folder, to run forward only."""
-        return load_frozen(folder, self.recipe.parallel, self.world, self.recipe.precision)
+        return load_frozen(folder, next(iter(self.ways.values())), self.world, self.recipe.precision)
 
     def measured(self, model: ModelFolder | Model, stage: int | str) -> dict[str, Any]:
         """The measurement of a model, made now or by an earlier start, in every process."""
@@ -138,7 +145,7 @@ class RecipeRun:
             return folder
         teacher = self.teacher if stage.kind != "lm" else None
         own_head = stage.kind == "distill" and self.retied and source.spec.tie_embeddings
-        task = build_task(stage, source, teacher, self.recipe.parallel, world, self.recipe.precision, own_head)
+        task = build_task(stage, source, teacher, self.ways[stage.kind], world, self.recipe.precision, own_head)
         began = time.perf_counter()
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -161,6 +168,10 @@ class RecipeRun:
         record: dict[str, Any] = {"kind": "resources", "stage": stage.number, "processes": self.world.size}
         record |= {"seconds": round(sum(seconds), 3), "steps": len(seconds)}
         record |= {"device": torch.cuda.get_device_name() if peak else "cpu", "peak_gib": round(peak / 2**30, 3)}
+        if self.gpu is not None:
+            way, precision = self.ways[stage.kind], self.recipe.precision
+            plan = costs.plan_stage(stage, *self.specs, way, self.world.size, self.gpu, precision)
+            record |= {"planned_seconds": round(plan.seconds, 3), "planned_peak_gib": round(plan.peak_gib, 3)}
         self.run.log(record)
 
     def save(self, model: Model, folder: Path, stage: Stage, source: ModelFolder | None, seconds: float) -> None:
@@ -213,7 +224,7 @@ def tokenizer_files(recipe: Recipe) -> Mapping[str, bytes]:
 
 def train_teacher(run: Run, tokenizer: Tokenizer, report: Report, stopping: Stopping, world: World) -> bool:
     """A new teacher from random weights; False when it was asked to stop."""
-    parts = RecipeRun(run, None, tokenizer, world)
+    parts = RecipeRun(run, None, run.recipe.init_spec(), tokenizer, world)
     (stage,) = run.recipe.stages
     folder = parts.stage(stage, new_model(run.recipe.init_spec(), run.recipe.seed), report, stopping)
     if folder is None:
@@ -239,7 +250,7 @@ def convert(
 ) -> bool:
     """All stages of a conversion from the student folder `step0`; False when it was asked to stop."""
     recipe = run.recipe
-    parts = RecipeRun(run, teacher, tokenizer, world)
+    parts = RecipeRun(run, teacher, step0.spec, tokenizer, world)
     assert parts.teacher is not None
     measured = parts.measured(parts.teacher, "teacher")
     found = parts.measured(step0, step0.stage or 0)

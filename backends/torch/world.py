@@ -28,6 +28,7 @@ class World:
         self.rank, self.size = rank, size
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._control: Any = None
+        self._saving: Any = None
         self._mesh: Any = None
 
     @property
@@ -45,9 +46,9 @@ class World:
         return self._mesh
 
     @property
-    def control(self) -> Any:
-        """The gloo group for flags and short messages, apart from the training collectives; None for one process."""
-        return self._control
+    def saving(self) -> Any:
+        """The gloo group over which checkpoints are written beside training; None for one process."""
+        return self._saving
 
     def connect(self) -> "World":
         """Join the other processes at MASTER_ADDR and MASTER_PORT."""
@@ -60,6 +61,8 @@ class World:
         # device_id makes NCCL connect at once, where errors are still readable.
         dist.init_process_group(backend, timeout=PATIENCE, device_id=self.device if on_gpu else None)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        # A thread talks over it while training goes on: on one group the two would mix.
+        self._saving = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
 
     def leave(self) -> None:
@@ -68,7 +71,7 @@ class World:
             import torch.distributed as dist
 
             dist.destroy_process_group()
-            self._control = self._mesh = None
+            self._control = self._saving = self._mesh = None
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""

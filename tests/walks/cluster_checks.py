@@ -18,7 +18,7 @@ from radlads.backends.torch.trainer import StageRun
 from radlads.cli.main import main
 from radlads.runs import read_metrics
 from tests.models import tiny_teacher
-from tests.processes import start, together, wait
+from tests.processes import start, wait
 
 RECIPE = """
 name: cluster
@@ -107,8 +107,7 @@ def checks(folder: Path) -> dict[str, Any]:
     found["whole"] = (wait(begin("whole", 2, folder)), losses("whole"))
     # One process is killed, at a step and in the middle of a save; the other must notice.
     kills: list[tuple[int, float]] = []
-    moments = (lambda: steps_of("killed") >= 9, lambda: saving("killed"), lambda: steps_of("killed") >= 20)
-    for attempt, ready in enumerate(moments):
+    for attempt, ready in enumerate((lambda: steps_of("killed") >= 9, lambda: saving("killed"))):
         pids = begin("killed", 2, folder)
         until(ready)
         os.kill(pids[1 - attempt % 2], signal.SIGKILL)
@@ -130,6 +129,6 @@ def checks(folder: Path) -> dict[str, Any]:
     statuses = wait(pids)
     stacks = {path.name: path.read_text() for path in Path("hung", "stacks").glob("*.txt")}
     found["hung"] = (statuses, stacks)
-    together(2, poisoned, 4, "--output-dir", "poisoned", results=folder / "poisoned")
+    wait(start(2, poisoned, 4, "--output-dir", "poisoned", results=folder / "poisoned", quiet=True))
     found["poisoned"] = read_metrics("poisoned")
     return found
