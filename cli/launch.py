@@ -81,7 +81,7 @@ def train_arguments(options: TrainOptions) -> list[str]:
     for name in ("teacher", "student", "student_arch", "output_dir"):
         value = getattr(options, name)
         given += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
-    given += [f"--set={value}" for value in options.set]
+    given += [f"--set={value}" for value in options.set] + [f"--report-to={name}" for name in options.report_to]
     given += ["--resume", options.resume]
     switches = ("measure_difficulty", "quiet", "json")
     return [*given, *(f"--{name.replace('_', '-')}" for name in switches if getattr(options, name))]

@@ -35,6 +35,7 @@ class TrainOptions:
     set: list[str] = opt([], "Change a value of the recipe: stages.0.lr=1e-3.", metavar="KEY=VALUE")
     output_dir: str | None = opt(None, "Folder of the run; runs/<recipe>-<arch> without it.", metavar="DIR")
     resume: Literal["auto", "never"] = opt("auto", "Go on with a run begun in the folder, or refuse to.")
+    report_to: list[str] = opt([], "Also log to tensorboard, wandb or trackio.", metavar="TRACKER")
     quiet: bool = opt(False, "Show no progress.", "--quiet")
     json: bool = opt(False, "Print one JSON document at the end.", "--json")
 
@@ -115,12 +116,15 @@ def train(options: TrainOptions) -> TrainResult:
 def train_together(options: TrainOptions, recipe: "Recipe", inputs: Inputs, world: "World") -> TrainResult:
     """The run itself, in one of the processes of `world`."""
     from radlads.cli.progress import TrainingScreen
+    from radlads.cli.trackers import follow
 
     folder = run_folder(options, recipe)
     quiet = options.quiet or options.json or not world.first
     with open_run(folder, recipe, options.resume, world) as run, TrainingScreen(quiet) as screen, signals() as stop:
         if world.first:
             warn_of_hang(run, screen)
+            if options.report_to:
+                run.listeners.append(follow(options.report_to, folder, folder.name, recipe.values()))
         if not run_recipe(run, inputs, screen, stop, world):
             run.stop()
             status = 130 if world.share(stop["signal"]) == signal.SIGINT else STOPPED

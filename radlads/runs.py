@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +41,8 @@ class Run:
         self.model, self.report = path / "model", path / "report.html"
         self._lock = lock
         self._metrics: IO[str] | None = None
+        # Called with every record that is logged.
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def __enter__(self) -> "Run":
         return self
@@ -79,6 +82,8 @@ class Run:
             raise fail(
                 code, where=self.path / METRICS, why=str(error.strerror), fix="Make room and run it again: it resumes"
             ) from None
+        for listen in self.listeners:
+            listen(record)
 
     def record(self) -> dict[str, Any]:
         """What run.json holds; its "status" is "running", "stopped" or "done". Empty when there is none that can be read."""

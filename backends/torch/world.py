@@ -141,7 +141,7 @@ class World:
         """Raise R406 for a collective that failed because another process is gone, and any other error as it is."""
         text = str(error).lower()
         if self.size > 1 and any(sign in text for sign in LOST):
-            why = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
+            why = f"another process of the run is gone ({str(error).partition('. ')[0][:160]})"
             fix = "Run the same command again: it goes on from the last checkpoint"
             raise fail("R406", where=f"rank {self.rank} of {self.size}", why=why, fix=fix) from error
         raise error

@@ -25,12 +25,12 @@ name: cluster
 teacher: teacher
 student: {arch: rwkv7}
 data: {train: [text.txt], valid: [text.txt]}
-eval: {tokens: 256, seq_len: 32, new_tokens: 4}
+eval: {tokens: 64, seq_len: 32, new_tokens: 2}
 stages:
-  - {kind: align, tokens: 1280, seq_len: 32, batch_size: 4, lr: 1e-3, warmup_steps: 2, save_every: 3}
-  - {kind: distill, tokens: 1280, seq_len: 32, batch_size: 4, micro_batch: 1, lr: 1e-4, warmup_steps: 2, save_every: 3}
+  - {kind: align, tokens: 1024, seq_len: 32, batch_size: 4, lr: 3e-4, warmup_steps: 2, save_every: 3}
+  - {kind: distill, tokens: 1024, seq_len: 32, batch_size: 4, micro_batch: 1, lr: 3e-5, warmup_steps: 2, save_every: 3}
 """
-STEPS = 20  # of both stages
+STEPS = 16  # of both stages
 
 
 def run(*arguments: str) -> int:
@@ -90,7 +90,9 @@ def poisoned(step: int, *arguments: str) -> int:
         found = accumulate(parts, given)
         parts.seen = getattr(parts, "seen", 0) + 1  # type: ignore[attr-defined]
         if parts.world.rank == 1 and parts.seen == step:  # type: ignore[attr-defined]
-            next(p.grad for p in parts.parameters.values() if p.grad is not None).mul_(float("nan"))
+            for parameter in parts.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(float("nan"))
         return found
 
     StageRun.accumulate = spoiled  # type: ignore[method-assign]
@@ -118,13 +120,13 @@ def checks(folder: Path) -> dict[str, Any]:
     found["killed"] = (kills, message, wait(begin("killed", 2, folder)), losses("killed"))
     # Stopped on 2, taken up by 1, stopped again, taken up by 2; the signal reaches one process only.
     stops = []
-    for size, lines in ((2, 9), (1, 16), (2, 26)):
+    for size, lines in ((2, 9), (1, 16), (2, 19)):
         pids = begin("stopped", size, folder)
         until(lambda: steps_of("stopped") >= lines)  # noqa: B023
         os.kill(pids[-1], signal.SIGTERM)
         stops.append(wait(pids))
     found["stopped"] = (stops, wait(begin("stopped", 1, folder)), losses("stopped"))
-    limited = ("--output-dir", "hung", "--set=parallel.hang_timeout=4")
+    limited = ("--output-dir", "hung", "--set=parallel.hang_timeout=10")
     pids = start(2, hang, 1, 5, *limited, results=folder / "hung", quiet=True)
     statuses = wait(pids)
     stacks = {path.name: path.read_text() for path in Path("hung", "stacks").glob("*.txt")}
