@@ -126,11 +126,11 @@ class World:
             except BaseException as error:
                 surprise = error
                 found = b"", fail("R406", where="rank 0", why=f"{type(error).__name__}: {error}", fix="See its message")
-        data, error = self.share(found)
+        data, problem = self.share(found)
         if surprise is not None:
             raise surprise
-        if error is not None:
-            raise error
+        if problem is not None:
+            raise problem
         return loads(data)  # made by rank 0 of this very run, sent over the run's own group
 
     def barrier(self) -> None:
