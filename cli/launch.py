@@ -17,8 +17,8 @@ from radlads.cli.options import opt
 from radlads.cli.train import STOPPED, TrainOptions, checked_inputs, run_folder
 
 PORT = 29500
-# Seconds before the end of its time that Slurm warns a job, and that a stopped run has to save.
-WARNING = 300
+# Seconds before the end of its time that Slurm warns a job; seconds that processes have to save when another one ended.
+WARNING, GRACE = 300, 55
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def torchrun(options: LaunchOptions, meeting: list[str]) -> list[str]:
     processes = options.gpus_per_node if options.gpus_per_node is not None else "gpu" if has_gpu() else 1
     line = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={processes}"]
     if tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2]) >= (2, 13):
-        line.append(f"--shutdown-timeout={WARNING}")  # a large checkpoint takes longer than the usual 30 s
+        line.append(f"--shutdown-timeout={GRACE}")  # a large checkpoint takes longer than the usual 30 s
     return [*line, "-m", "radlads", *train_arguments(options)]
 
 

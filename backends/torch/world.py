@@ -4,6 +4,9 @@ How weights and work are spread over them stands in `parallel`. A run of one pro
 """
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pickle import dumps, loads
@@ -17,6 +20,8 @@ from radlads.errors import RadladsError, fail
 T = TypeVar("T")
 # Rank 0 may tokenise a corpus or write a model while the others wait; a training step has the watchdog's limit instead.
 PATIENCE = timedelta(hours=24)
+# Seconds between signs of life of each process, and after how many without one a process counts as gone.
+BEAT, GONE = 2.0, 45.0
 # What a collective raises when the process at its other end is gone.
 LOST = ("connection closed", "connection reset", "connection refused", "socket", "remote process", "timed out", "nccl", "gloo")
 
@@ -29,6 +34,7 @@ class World:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._control: Any = None
         self._saving: Any = None
+        self._leaving = threading.Event()
         self._mesh: Any = None
 
     @property
@@ -63,13 +69,56 @@ class World:
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         # A thread talks over it while training goes on: on one group the two would mix.
         self._saving = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.look_out()
         return self
+
+    def look_out(self, gone: float = GONE) -> None:
+        """Watch the other processes from a thread: a collective on GPUs waits for ever for one that was killed."""
+        import torch.distributed as dist
+
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.first else None
+        port = self.share(store.port if store is not None else 0)
+        store = store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        store.set(f"beat-{self.rank}", "0")
+        self.barrier()  # reading a key that is not there yet would wait for it
+        self._leaving.set()
+        self._leaving = threading.Event()
+        threading.Thread(target=self.watch, args=(store, self._leaving, gone), name="lookout", daemon=True).start()
+
+    def watch(self, store: Any, leaving: threading.Event, gone: float) -> None:
+        """Give a sign of life every now and then, and end this process when another one has given none for too long."""
+        heard: dict[int, tuple[bytes, float]] = {}
+        count = 0
+        while not leaving.wait(BEAT):
+            count += 1
+            try:
+                store.set(f"beat-{self.rank}", str(count))
+                for rank in range(self.size):
+                    beat, now = store.get(f"beat-{rank}"), time.monotonic()
+                    if heard.get(rank, (b"", 0.0))[0] != beat:
+                        heard[rank] = beat, now
+                    elif now - heard[rank][1] > gone:
+                        self.end(leaving, f"rank {rank} has given no sign of life for {gone:.0f} s")
+            except RuntimeError:
+                # The store is rank 0's. A moment for this process to see it by itself, and to say it better.
+                if not leaving.wait(BEAT * 5):
+                    self.end(leaving, "rank 0 is gone")
+
+    def end(self, leaving: threading.Event, why: str) -> None:
+        """Say what happened and end this process, whatever it is waiting for."""
+        if not leaving.is_set():
+            where, fix = f"rank {self.rank} of {self.size}", "Run the same command again: it goes on from the last checkpoint"
+            print(f"error: {fail('R406', where=where, why=why, fix=fix)}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def leave(self) -> None:
         """Let go of the other processes."""
         if self._control is not None:
             import torch.distributed as dist
 
+            self._leaving.set()
+            self.barrier()  # nobody takes down the store while another still looks
             dist.destroy_process_group()
             self._control = self._saving = self._mesh = None
 

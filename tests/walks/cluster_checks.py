@@ -15,6 +15,7 @@ import torch.distributed.tensor  # noqa: F401
 import radlads.backends.torch.convert_run
 import radlads.report  # noqa: F401
 from radlads.backends.torch.trainer import StageRun
+from radlads.backends.torch.world import join_world
 from radlads.cli.main import main
 from radlads.runs import read_metrics
 from tests.models import tiny_teacher
@@ -99,6 +100,15 @@ def poisoned(step: int, *arguments: str) -> int:
     return run(*arguments)
 
 
+def stopped_for_good() -> None:
+    """One process is frozen, while the other waits for it in a call that nothing ends."""
+    world = join_world("cpu")
+    world.look_out(gone=4)
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
 def checks(folder: Path) -> dict[str, Any]:
     """Exit statuses and losses by what was done to a run."""
     os.chdir(folder)
@@ -131,6 +141,10 @@ def checks(folder: Path) -> dict[str, Any]:
     statuses = wait(pids)
     stacks = {path.name: path.read_text() for path in Path("hung", "stacks").glob("*.txt")}
     found["hung"] = (statuses, stacks)
+    pids = start(2, stopped_for_good, results=folder / "frozen", quiet=True)
+    frozen = wait(pids[:1])
+    os.kill(pids[1], signal.SIGKILL)
+    found["frozen"] = (frozen + wait(pids[1:]), (folder / "frozen.err0").read_text())
     wait(start(2, poisoned, 4, "--output-dir", "poisoned", results=folder / "poisoned", quiet=True))
     found["poisoned"] = read_metrics("poisoned")
     return found

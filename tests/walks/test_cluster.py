@@ -54,6 +54,11 @@ def test_a_hung_process_is_noticed_and_its_stack_saved(found: dict[str, Any]) ->
     assert "in stuck" in stacks["rank-1.txt"] and "in stuck" not in stacks["rank-0.txt"]
 
 
+def test_a_frozen_process_ends_the_others_whatever_they_wait_for(found: dict[str, Any]) -> None:
+    statuses, message = found["frozen"]
+    assert statuses == [1, -9] and "R406" in message and "rank 1 has given no sign of life" in message
+
+
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(found: dict[str, Any]) -> None:
     skipped = [r for r in found["poisoned"] if "skipped" in r]
     # step 4 of each stage, with the samples of its global batch
