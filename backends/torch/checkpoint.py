@@ -64,7 +64,8 @@ class Checkpoints:
 
     def write_shards(self, final: Path, tensors: dict[str, Tensor], shapes: Shapes, record: dict[str, Any]) -> None:
         """This process's part of a checkpoint; rank 0 commits when all have written theirs."""
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         opened: list[AbstractContextManager[Path]] = []
 
@@ -74,9 +75,8 @@ class Checkpoints:
 
         path = Path(self.world.once(begin))
         state = {name: self.sharded(tensor, shapes[name]) for name, tensor in tensors.items()}
-        written: Any = dcp.async_save(
-            state, storage_writer=dcp.FileSystemWriter(path, sync_files=True), process_group=self.world.saving
-        )
+        writer = FileSystemWriter(path, sync_files=True)
+        written: Any = async_save(state, storage_writer=writer, process_group=self.world.saving)
         self.writing = [written]
         if self.world.first:
             self.writing.append(self.threads.submit(self.commit, written, opened[0], path, record))
@@ -122,7 +122,8 @@ class Checkpoints:
 
     def read_shards(self, path: Path, shapes: Shapes, device: torch.device | None) -> dict[str, Tensor]:
         """This process's rows of a checkpoint that several processes wrote."""
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         local = {}
         for name, shape in shapes.items():
@@ -131,7 +132,7 @@ class Checkpoints:
         alone = self.world.size == 1
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads what several wrote
         state = local if alone else {name: self.sharded(tensor, shapes[name]) for name, tensor in local.items()}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=self.world.saving, no_dist=alone)
+        load(state, storage_reader=FileSystemReader(path), process_group=self.world.saving, no_dist=alone)
         return local
 
 

@@ -54,7 +54,8 @@ def vocabulary_loss(hidden: Tensor, head: Any, teacher: TeacherHead | None, labe
     if teacher is not None:
         stretch = -(-head.shape[0] // head.device_mesh.size())
         first = min(head.shape[0], dist.get_rank(group) * stretch)
-        rows = teacher.head.to_local() if is_split(teacher.head) else teacher.head[first : first + len(local)]
+        other: Any = teacher.head
+        rows = other.to_local() if is_split(other) else other[first : first + len(local)]
         teacher = TeacherHead(gathered(teacher.hidden.flatten(0, -2), group), rows)
     tokens = GatherTokens.apply(hidden.flatten(0, -2), group)
     return distillation_loss(tokens, local.to(hidden.dtype), teacher, gathered(labels.flatten(), group), group=group, **options)

@@ -74,12 +74,12 @@ class World:
 
     def look_out(self, gone: float = GONE) -> None:
         """Watch the other processes from a thread: a collective on GPUs waits for ever for one that was killed."""
-        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import TCPStore  # type: ignore[attr-defined]
 
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.first else None
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.first else None
         port = self.share(store.port if store is not None else 0)
-        store = store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        store = store or TCPStore(host, port, is_master=False, wait_for_workers=False)
         store.set(f"beat-{self.rank}", "0")
         self.barrier()  # reading a key that is not there yet would wait for it
         self._leaving.set()
