@@ -55,7 +55,7 @@ def verify(options: VerifyOptions) -> VerifyResult:
     """Run the checks and leave verify.json in a folder of ours; R101, R2xx where there is nothing to check."""
     from radlads.errors import RadladsError, fail
     from radlads.files import write_file
-    from radlads.folder import MANIFEST, open_folder
+    from radlads.folder import MANIFEST
     from radlads.verify import Check, check_files, check_provenance, check_tokenizer, is_writable, junit, write_verdict
 
     path = Path(options.model)
@@ -64,14 +64,14 @@ def verify(options: VerifyOptions) -> VerifyResult:
     ours = open_manifest(path)
     checks = [Check("files", "skipped", f"there is no {MANIFEST}") if ours is None else check_files(path, ours)]
     try:
-        folder = open_folder(path)
-        folder.check_finite()
-        checks.append(Check("weights", "passed", f"{len(folder.weights)} tensors fit the config and are finite"))
+        folder, weights = open_any(path)
+        checks.append(Check("weights", "passed", weights))
         tokenizer = open_tokenizer(folder)
         checks.append(check_provenance(folder) if ours else Check("provenance", "skipped", f"there is no {MANIFEST}"))
         checks.append(check_tokenizer(folder, tokenizer))
         if not options.files_only:
-            checks += computed_checks(options, folder, tokenizer)
+            compute = computed_checks if folder.weights else quantised_checks
+            checks += compute(options, folder, tokenizer)
     except RadladsError as error:
         # What breaks a folder of ours is a finding; what never was one is bad input.
         if ours is None or error.exit_status != 2 or error.code.startswith("R1"):
@@ -105,6 +105,23 @@ def open_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def open_any(path: Path) -> tuple["ModelFolder", str]:
+    """The checked folder and a word about its weights; without entries where they are quantised. R2xx."""
+    from radlads.files import read_json
+    from radlads.folder import CONFIG, ModelFolder, open_folder
+    from radlads.tensors import contained
+    from radlads.weights_tools.formats import open_source
+
+    config = read_json(contained(path, CONFIG))
+    if isinstance(config, dict) and config.get("quantization"):
+        source = open_source(path)
+        folder = ModelFolder(path, source.config, source.spec, {}, source.manifest)
+        return folder, f"{len(source.stored)} quantised tensors fit the config: {source.layout}"
+    folder = open_folder(path)
+    folder.check_finite()
+    return folder, f"{len(folder.weights)} tensors fit the config and are finite"
+
+
 def open_tokenizer(folder: "ModelFolder") -> "Tokenizer | None":
     """The folder's tokenizer, None where it has none; R206."""
     from radlads.tokenizer import Tokenizer
@@ -135,6 +152,34 @@ def computed_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "T
         ours, theirs = (stepwise_logits(model, names[0], options.dtype, tokens) for model in (folder, other))
         checks.append(loss_check(ours, theirs, tokens, options.max_kl))
     return checks
+
+
+def quantised_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "Tokenizer | None") -> list["Check"]:
+    """What quantisation costs: the predictions of the dequantised weights and of --against, both by the oracle."""
+    from radlads.verify import ORACLE_PARAMETERS, QUANTISED_KL, Check, loss_check, sample_tokens
+
+    parameters = folder.spec.parameters()
+    if options.against is None:
+        return [Check("loss", "skipped", "give the unquantised model with --against DIR")]
+    if parameters > ORACLE_PARAMETERS:
+        return [Check("loss", "skipped", f"{parameters:,} parameters are too many for float64")]
+    tokens = sample_tokens(folder, tokenizer)
+    ours, theirs = (oracle_of(path, tokens) for path in (str(folder.path), options.against))
+    limit = QUANTISED_KL if options.max_kl is None else options.max_kl
+    return [loss_check(ours, theirs, tokens, limit)]
+
+
+def oracle_of(path: str, tokens: list[int]) -> Any:
+    """The oracle's logits (T, V) of a model in any format, dequantised where it is not in floats."""
+    import numpy as np
+
+    from radlads.oracle import oracle_logits
+    from radlads.tensors import decode
+    from radlads.weights_tools.formats import open_source
+
+    source = open_source(path)
+    weights = {name: decode(lazy.whole(), lazy.dtype).astype(np.float64) for name, lazy in source.tensors.items()}
+    return oracle_logits(source.spec, weights, np.array(tokens))
 
 
 def stepwise_logits(folder: "ModelFolder", backend: str, dtype: str, tokens: list[int]) -> Any:

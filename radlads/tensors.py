@@ -40,18 +40,19 @@ BLOCK = 2**24  # bytes read or written at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 AGAIN = "Get the file again from its source"
+CONVERT = "Convert it first with `radlads convert`"
 
 # First bytes of what is met under a weights file's name, and what to say about it.
 IMPOSTORS = {
     b"version https://git-lfs": ("it is a Git LFS pointer, not the weights", "Fetch the weights with `git lfs pull`"),
     b"<!doctype": ("it is a web page, not weights", "Download the file itself"),
     b"<html": ("it is a web page, not weights", "Download the file itself"),
-    b"pk\x03\x04": ("it is a ZIP archive, as PyTorch's pickle files are", "Use the safetensors form of the model"),
+    b"pk\x03\x04": ("it is a ZIP archive, as PyTorch's pickle files are", CONVERT),
     b"\x80\x02": ("it is a pickle and is not loaded", "Use the safetensors form of the model"),
     b"\x80\x03": ("it is a pickle and is not loaded", "Use the safetensors form of the model"),
     b"\x80\x04": ("it is a pickle and is not loaded", "Use the safetensors form of the model"),
     b"\x80\x05": ("it is a pickle and is not loaded", "Use the safetensors form of the model"),
-    b"gguf": ("it is a GGUF file", "Use the safetensors form of the model"),
+    b"gguf": ("it is a GGUF file", CONVERT),
 }
 
 

@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
 )
 ORACLE_PARAMETERS = 300_000_000  # in float64 that is 2.4 GB
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+QUANTISED_KL = 0.1  # nats a token that quantisation may cost
 TOKENS = 48
 PREFIXES = (1, 2, 17)  # and all tokens
 TEXT = (

@@ -210,6 +210,17 @@ def test_against_the_teacher_is_a_gate(radlads, student, made):
     assert not (teacher / "verify.json").exists()  # it is no folder of ours
 
 
+def test_what_quantisation_costs_is_measured(radlads, made, tmp_path):
+    assert radlads("convert", made, "--to", "mlx", "-q", "--q-bits", "8", "--output-dir", tmp_path / "q8").status == 0
+    outcome = radlads("verify", tmp_path / "q8", "--against", made, "--json")
+    loss = checks_of(outcome)["loss"]
+    assert outcome.status == 0 and loss["limit"] == 0.1 and 0 < loss["value"] < 1e-3, outcome.out
+    outcome = radlads("verify", tmp_path / "q8", "--against", made, "--max-kl", loss["value"] / 2, "--json")
+    assert outcome.status == 3 and checks_of(outcome)["loss"]["status"] == "failed"
+    flip("model.safetensors", -1)(tmp_path / "q8")
+    assert radlads("verify", tmp_path / "q8", "--files-only").status == 3
+
+
 @pytest.mark.parametrize("arguments", [("nowhere",), (".", "--max-kl", "1")])
 def test_bad_usage_is_one_line(arguments, radlads, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
