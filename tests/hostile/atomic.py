@@ -158,7 +158,7 @@ def faults_after(work: Work, before: dict[str, str], allowed: set[str]) -> list[
         found.append(f"the output is {state}")
     if hashes(work.base / "teacher") != before:
         found.append("the source has changed")
-    if state != "new":  # a folder that is whole is not written twice
+    if state != "new" or work.old:  # a folder that is whole is not written twice without --overwrite
         work.run()
     if work.state() != "new":
         found.append(f"the next run leaves {work.state()}")
