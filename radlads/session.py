@@ -8,7 +8,6 @@ import copy
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -83,10 +82,69 @@ class Context:
         return point.length <= len(ids) and self._ids[: point.length] == ids[: point.length]
 
 
+class Writer:
+    """Turns logits into an answer, a token at a time: chooses, decodes, and watches for the end.
+
+    `finish` is "stop" (end of text or a stop string), "length" (`max_tokens`), or None while it goes on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        if max_tokens < 1:
+            raise fail("R101", where="--max-tokens", why=f"{max_tokens} is not above 0", fix="Give the number of tokens to write")
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""
+        self.finish: str | None = None
+        self._eos_ids = tokenizer.eos_ids
+        self._decoder = StreamDecoder(tokenizer, prompt_ids)
+        self._recent = deque(prompt_ids[-PENALTY_WINDOW:], maxlen=PENALTY_WINDOW)
+        self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._stop = tuple(text for text in stop if text)
+        self._rng = rng or sampling.generator()
+        self._held = ""  # text that may begin a stop string
+
+    def take(self, logits: Logits) -> str:
+        """Choose the next token from logits (V,); the text that is certain now, maybe none. See `finish` for the end."""
+        token, logprob = pick(logits, self._sampling, self._rng, list(self._recent))
+        if token in self._eos_ids:
+            self.finish = "stop"
+            return self._show(self._decoder.finish())
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        self._recent.append(token)
+        piece = self._decoder.add(token)
+        if len(self.token_ids) == self._max_tokens:
+            self.finish = "length"
+            piece += self._decoder.finish()
+        return self._show(piece)
+
+    def _show(self, piece: str) -> str:
+        self._held += piece
+        ends = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
+        if ends:
+            shown, self.finish = self._held[: min(ends)], "stop"
+        elif self.finish is not None:
+            shown = self._held
+        else:
+            shown = self._held[: len(self._held) - max((_overlap(self._held, text) for text in self._stop), default=0)]
+        self._held = self._held[len(shown) :]
+        self.text += shown
+        return shown
+
+
 class Generation:
     """One answer being written: iterate over it for pieces of text; its counters are right at every moment.
 
-    `finish` is "stop" (end of text or a stop string), "length" (`max_tokens`), or None while it runs or when interrupted.
+    `finish` is None while it runs or when it was interrupted, else as in Writer.
     """
 
     def __init__(
@@ -102,22 +160,32 @@ class Generation:
         if not prompt_ids and context.base is None:
             why = "it is empty, and the model has no begin-of-text token"
             raise fail("R101", where="prompt", why=why, fix="Give some text")
-        if max_tokens < 1:
-            raise fail("R101", where="--max-tokens", why=f"{max_tokens} is not above 0", fix="Give the number of tokens to write")
         self.prompt_ids = list(prompt_ids)
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.text = ""
-        self.finish: str | None = None
         self.fed_tokens = 0
         self.prompt_seconds = 0.0
         self.seconds = 0.0
         self._context = context
-        self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._max_tokens = max_tokens
-        self._stop = tuple(text for text in stop if text)
-        self._rng = rng or sampling.generator()
+        self._writer = Writer(tokenizer, self.prompt_ids, sampling, max_tokens, stop, rng)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids written so far."""
+        return self._writer.token_ids
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Log-probability of each of them."""
+        return self._writer.logprobs
+
+    @property
+    def text(self) -> str:
+        """Text shown so far."""
+        return self._writer.text
+
+    @property
+    def finish(self) -> str | None:
+        """Why it ended."""
+        return self._writer.finish
 
     @property
     def prompt_tps(self) -> float:
@@ -133,49 +201,15 @@ class Generation:
         began = time.perf_counter()
         point, self.fed_tokens = self._context.reach(self.prompt_ids)
         self.prompt_seconds = time.perf_counter() - began
-        with closing(self._pieces(point)) as pieces, closing(self._until_stop(pieces)) as shown:
-            for piece in shown:
-                self.text += piece
-                yield piece
-
-    def _until_stop(self, pieces: Iterator[str]) -> Generator[str, None, None]:
-        """The pieces up to the first stop string; text that may begin one is held back until it is certain."""
-        held = ""
-        for piece in pieces:
-            held += piece
-            ends = [at for at in (held.find(text) for text in self._stop) if at >= 0]
-            if ends:
-                held = held[: min(ends)]
-                self.finish = "stop"
-                break
-            safe = len(held) - max((_overlap(held, text) for text in self._stop), default=0)
-            if safe:
-                yield held[:safe]
-                held = held[safe:]
-        if held:
-            yield held
-
-    def _pieces(self, point: Point) -> Generator[str, None, None]:
-        decoder = StreamDecoder(self._tokenizer, self.prompt_ids)
-        engine, eos_ids = self._context.engine, self._tokenizer.eos_ids
         began = time.perf_counter()
-        recent = deque(self.prompt_ids[-PENALTY_WINDOW:], maxlen=PENALTY_WINDOW)
         try:
             while self.finish is None:
-                token, logprob = pick(point.logits, self._sampling, self._rng, list(recent))
-                if token in eos_ids:
-                    self.finish = "stop"
-                    break
-                self.token_ids.append(token)
-                self.logprobs.append(logprob)
-                recent.append(token)
-                if len(self.token_ids) == self._max_tokens:
-                    self.finish = "length"
-                else:
-                    point = Point(point.length + 1, *engine.feed(point.state, [token]))
+                piece = self._writer.take(point.logits)
                 self.seconds = time.perf_counter() - began
-                yield decoder.add(token)
-            yield decoder.finish()
+                if piece:
+                    yield piece
+                if self.finish is None:
+                    point = Point(point.length + 1, *self._context.engine.feed(point.state, self.token_ids[-1:]))
         finally:
             self._context.keep(self.prompt_ids + self.token_ids, point)
 
