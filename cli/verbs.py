@@ -121,6 +121,16 @@ VERBS = (
         streams=True,
     ),
     Verb(
+        "serve",
+        USE,
+        "radlads.cli.serve",
+        "ServeOptions",
+        "serve",
+        "Serve a model to OpenAI clients, with a chat page.",
+        ("radlads serve student", "radlads serve student --host 0.0.0.0 --api-key SECRET --allowed-host my.machine"),
+        aliases=("server",),
+    ),
+    Verb(
         "cache",
         USE,
         "radlads.cli.cache",

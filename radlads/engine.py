@@ -52,6 +52,9 @@ class Engine(Protocol):
     def feed(self, state: Any, tokens: Sequence[int]) -> tuple[Logits, Any]:
         """Logits (V,) float32 after the last of `tokens` (at least one), and the new state."""
 
+    def feed_many(self, states: Sequence[Any], tokens: Sequence[int]) -> tuple[Logits, list[Any]]:
+        """One token to each of several sequences: logits (n, V) float32 and the new states."""
+
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         """Score whole sequences (at least one token each), each from an empty state."""
 

@@ -41,6 +41,10 @@ class ToyEngine:
             logits[self.loud.pop(0)] = 50.0
         return logits, ToyState(state.position + len(tokens), mixed)
 
+    def feed_many(self, states: Sequence[ToyState], tokens: Sequence[int]) -> tuple[np.ndarray, list[ToyState]]:
+        fed = [self.feed(state, [token]) for state, token in zip(states, tokens, strict=True)]
+        return np.stack([logits for logits, _ in fed]), [state for _, state in fed]
+
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         scored = []
         for tokens in sequences:

@@ -52,6 +52,31 @@ class MlxEngine:
         logits = self.model.head(hidden[-1]).astype(mx.float32)
         return np.array(logits), state
 
+    def feed_many(self, states: Sequence[MlxState], tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], list[MlxState]]:
+        """One token to each of several sequences, in one forward pass; logits (n, V) and the new states.
+
+        Sequences with softmax layers or without a token so far have states of different shapes: those go one by one.
+        """
+        if len(states) == 1 or self.spec.kept_layers or any(state.position == 0 for state in states):
+            fed = [self.feed(state, [token]) for state, token in zip(states, tokens, strict=True)]
+            return np.stack([logits for logits, _ in fed]), [state for _, state in fed]
+        caches = self.model.make_cache()
+        for index, cache in enumerate(caches):
+            held = [state.layers[index] for state in states]
+            cache[SEEN] = mx.array([state.position for state in states], mx.int32)
+            for slot, name in SLOTS.items():
+                if name in held[0]:
+                    cache[slot] = mx.concatenate([arrays[name] for arrays in held])
+        hidden = self.model.model(mx.array(list(tokens))[:, None], caches)[:, -1]
+        logits = self.model.head(hidden).astype(mx.float32)
+        layers = [_taken(cache) for cache in caches]
+        after = [
+            MlxState(state.position + 1, tuple({name: x[row : row + 1] for name, x in layer.items()} for layer in layers))
+            for row, state in enumerate(states)
+        ]
+        mx.eval(logits, *(state.layers for state in after))
+        return np.array(logits), after
+
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         """Score whole sequences (at least one token each), one after the other, in steps of bounded memory."""
         return [self._score(list(tokens)) for tokens in sequences]

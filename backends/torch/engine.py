@@ -59,6 +59,32 @@ class TorchEngine:
         return logits, TorchState(model_state, state.position + len(tokens))
 
     @torch.inference_mode()
+    def feed_many(
+        self, states: Sequence[TorchState], tokens: Sequence[int]
+    ) -> tuple[npt.NDArray[np.float32], list[TorchState]]:
+        """One token to each of several sequences, in one forward pass; logits (n, V) and the new states.
+
+        Sequences with softmax layers or without a token so far have states of different shapes: those go one by one.
+        """
+        if len(states) == 1 or self.spec.kept_layers or any(state.position == 0 for state in states):
+            fed = [self.feed(state, [token]) for state, token in zip(states, tokens, strict=True)]
+            return np.stack([logits for logits, _ in fed]), [state for _, state in fed]
+        names = [tuple(layer) for layer in states[0].model.layers]
+        layers = tuple(
+            {name: torch.cat([state.model.layers[index][name] for state in states]) for name in held}
+            for index, held in enumerate(names)
+        )
+        joint = ModelState(layers, torch.cat([state.model.seen for state in states]))
+        hidden, joint = self.model.model(torch.tensor(tokens, device=self.device)[:, None], joint)
+        logits = F.linear(hidden[:, -1], self.model.head).float().cpu().numpy()
+        after = []
+        for row, state in enumerate(states):
+            # In memory of its own: a view would keep the states of all the others alive.
+            own = tuple({name: value[row : row + 1].clone() for name, value in layer.items()} for layer in joint.layers)
+            after.append(TorchState(ModelState(own, joint.seen[row : row + 1]), state.position + 1))
+        return logits, after
+
+    @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         """Score whole sequences, those of like length together; what pads a row stands after all that is read."""
         scored: dict[int, Scored] = {}

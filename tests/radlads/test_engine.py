@@ -12,7 +12,8 @@ def protocol_methods() -> list[str]:
 
 
 def test_protocol_names_what_chat_and_state_files_need():
-    assert {"spec", "name", "device", "start", "feed", "score", "state_arrays", "from_arrays"} <= set(protocol_methods())
+    methods = {"start", "feed", "feed_many", "score", "state_arrays", "from_arrays"}
+    assert {"spec", "name", "device"} | methods <= set(protocol_methods())
 
 
 def test_toy_engine_keeps_the_protocol_and_its_states_are_values():
@@ -30,5 +31,5 @@ def test_backends_offer_every_method(name):
     pytest.importorskip("torch" if name == "torch" else "mlx.core")
     module = importlib.import_module(f"radlads.backends.{name}.engine")
     made = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
-    methods = {"start", "feed", "score", "state_arrays", "from_arrays"}
+    methods = {"start", "feed", "feed_many", "score", "state_arrays", "from_arrays"}
     assert any(methods <= set(dir(value)) for value in made), "no class of the module is an engine"
