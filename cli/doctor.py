@@ -23,13 +23,14 @@ PACKAGES = {
     "transformers": ("loading our folders in transformers", "pip install transformers"),
     "matplotlib": ("plots of a run", "pip install matplotlib"),
 }
-GOOD, MISSING, BROKEN = "ok", "not installed", "broken"
+GOOD, MISSING, BROKEN, WRONG = "ok", "not installed", "broken", "wrong"
 
 
 @dataclass(kw_only=True)
 class DoctorOptions:
     """How to print what was found."""
 
+    kernels: bool = opt(False, "Also compare the kernels with golden files and time them; on a Mac always done.", "--kernels")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
 
@@ -45,25 +46,29 @@ class Finding:
 
 @dataclass
 class DoctorResult:
-    """All findings; `healthy` when at least one backend works."""
+    """All findings; `healthy` when at least one backend works and no kernel is wrong. `speeds` are lines for people."""
 
     radlads: str
     python: str
     platform: str
     healthy: bool
     findings: list[Finding]
+    speeds: list[str]
 
     @property
     def exit_status(self) -> int:
-        """3 when no backend works."""
+        """3 when no backend works or a kernel is wrong."""
         return 0 if self.healthy else 3
 
     def blocks(self) -> list[Table | str]:
         """One table, and the verdict."""
         rows = [(f.name, f.state, f.detail, f.fix) for f in self.findings]
         found = Table(("part", "state", "found", "to mend"), rows)
-        verdict = "Ready." if self.healthy else "No backend works: install PyTorch or MLX with one of the commands above."
-        return [f"radlads {self.radlads}, Python {self.python}, {self.platform}", found, verdict]
+        wrong = any(f.state == WRONG for f in self.findings)
+        verdict = "No backend works: install PyTorch or MLX with one of the commands above."
+        if self.healthy or wrong:
+            verdict = "A kernel is wrong on this machine: please report all of this." if wrong else "Ready."
+        return [f"radlads {self.radlads}, Python {self.python}, {self.platform}", found, *self.speeds, verdict]
 
 
 def doctor(options: DoctorOptions) -> DoctorResult:
@@ -71,9 +76,10 @@ def doctor(options: DoctorOptions) -> DoctorResult:
     from radlads import __version__
 
     backends = [torch_backend(), mlx_backend()]
-    findings = [*map(package, PACKAGES), *backends, machine(), disk()]
-    healthy = any(finding.state == GOOD for finding in backends)
-    return DoctorResult(__version__, platform.python_version(), platform.platform(), healthy, findings)
+    tests, speeds = mlx_kernels(options.kernels) if backends[1].state == GOOD else ([], [])
+    findings = [*map(package, PACKAGES), *backends, *tests, machine(), disk()]
+    healthy = any(finding.state == GOOD for finding in backends) and all(finding.state == GOOD for finding in tests)
+    return DoctorResult(__version__, platform.python_version(), platform.platform(), healthy, findings, speeds)
 
 
 def package(name: str) -> Finding:
@@ -108,6 +114,27 @@ def mlx_backend() -> Finding:
         return Finding("backend mlx", GOOD, str(core.default_device()))
     except Exception as error:  # a broken installation fails in its own ways
         return Finding("backend mlx", BROKEN, f"{type(error).__name__}: {error}", "pip install --force-reinstall mlx mlx-lm")
+
+
+def mlx_kernels(asked: bool) -> tuple[list[Finding], list[str]]:
+    """The self-test of the MLX backend, always on a Mac's GPU and elsewhere when asked for: its comparisons and its speeds."""
+    metal = import_module("mlx.core").metal.is_available()
+    if not asked and not metal:
+        return [], []
+    selftest = import_module("radlads.backends.mlx.selftest")
+    try:
+        checks = [*selftest.check_goldens(), *selftest.check_steps()]
+        found = [
+            kernel_finding(check.name, check.good, f"error {check.error:.1e}, at most {check.bound:.0e}") for check in checks
+        ]
+        return found, list(selftest.speeds())
+    except Exception as error:  # a kernel that does not compile fails in MLX's own way
+        return [kernel_finding("", False, f"{type(error).__name__}: {error}")], []
+
+
+def kernel_finding(name: str, good: bool, detail: str) -> Finding:
+    """The finding of one kernel comparison."""
+    return Finding(f"mlx {name or 'kernels'}", GOOD if good else WRONG, detail, "" if good else "Please report this")
 
 
 def machine() -> Finding:

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from radlads.backends.mlx import selftest
 from radlads.backends.mlx.kernels import gpu
 from radlads.backends.mlx.kernels.gpu import CUDA, LANES, METAL, ROWS, GpuKernel, has_kernels
 from radlads.backends.mlx.kernels.scan import CHECKPOINT, SCAN, SHARED_BYTES, block_size, scan
 from radlads.backends.mlx.kernels.step import STEP6, STEP7
 from radlads.backends.mlx.model import Model, ModelArgs
+from radlads.backends.mlx.selftest import GOLDENS
 from radlads.oracle import oracle_logits
 from radlads.spec import ModelSpec
 from tests.backends.test_mlx_kernels import OPS, errors, loop, make_inputs, relative
 from tests.backends.test_mlx_model import random_tensor
+from tests.golden.make import golden
 from tests.shim import shim
 from tests.shim.compilers import CLANG, complaints_as_metal, ptx
 
@@ -214,3 +217,28 @@ def test_sources_are_plain_constants_under_different_names():
     names = [kernel.name for kernel in EVERY]
     assert len(set(names)) == len(names) and all(isinstance(kernel, GpuKernel) for kernel in EVERY)
     assert METAL.header != CUDA.header
+
+
+# ---- the self-test ----
+
+
+def test_golden_files_are_what_the_token_loop_gives():
+    for op in OPS:
+        for head_size in LANES:
+            path = GOLDENS / f"{op}-{head_size}.npz"
+            fresh = golden(op, head_size)
+            assert path.stat().st_size <= 200_000
+            with np.load(path) as stored:
+                assert set(stored) == set(fresh)
+                assert all(np.allclose(stored[name], fresh[name], rtol=1e-5, atol=1e-6) for name in fresh)
+
+
+@needs_compiler
+def test_self_test_passes_with_our_kernels_and_finds_a_wrong_one(use, monkeypatch):
+    use(shim())
+    monkeypatch.setattr(selftest, "LANES", {64: 4})
+    monkeypatch.setattr(selftest, "STUDENTS", {"rwkv7 B": selftest.STUDENTS["rwkv7 B"]})
+    checks = [*selftest.check_goldens(), *selftest.check_steps()]
+    assert [check.good for check in checks] == [True] * 3, checks
+    use(replace(shim(), header=METAL.header.replace("s * x.x, s * x.y", "s * x.x, 1.001f * s * x.y")))
+    assert not all(check.good for check in selftest.check_goldens())

@@ -33,3 +33,28 @@ def test_broken_backend_is_reported_not_raised(monkeypatch, look):
 def test_missing_package_has_its_command(monkeypatch):
     monkeypatch.setitem(module.PACKAGES, "no-such-package", ("nothing", ""))
     assert module.package("no-such-package").state == MISSING and module.package("no-such-package").fix
+
+
+def test_kernels_are_compared_with_the_golden_files(radlads, monkeypatch):
+    from radlads.backends.mlx import selftest
+
+    monkeypatch.setattr(selftest, "speeds", lambda: iter(["copy 1 GB/s"]))
+    outcome = radlads("doctor", "--kernels")
+    assert "wkv7, heads of 128" in outcome.out and "copy 1 GB/s" in outcome.out and "Ready." in outcome.out
+    sound = selftest.wkv7
+    monkeypatch.setitem(
+        selftest.OPS, "wkv7", (lambda *x, scale: [1.0001 * y for y in sound(*x, scale=scale)], selftest.OPS["wkv7"][1])
+    )
+    outcome = radlads("doctor", "--kernels")
+    assert outcome.status == 3 and "wrong" in outcome.out and "A kernel is wrong" in outcome.out
+
+
+def test_kernel_that_does_not_compile_is_reported(radlads, monkeypatch):
+    from radlads.backends.mlx import selftest
+
+    def broken():
+        raise RuntimeError("no such register")
+
+    monkeypatch.setattr(selftest, "check_goldens", broken)
+    outcome = radlads("doctor", "--kernels", "--json")
+    assert outcome.status == 3 and "no such register" in outcome.out

@@ -1,0 +1,80 @@
+"""Times of the recurrence on this machine: our forms beside the form of mlx-lm's rwkv7.py and a loop over tokens."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.rwkv7 import _wkv7_step_ops, wkv7_kernel
+
+from radlads.backends.mlx.kernels import zero_state
+from radlads.backends.mlx.kernels.wkv7 import wkv7
+from radlads.backends.mlx.layers import RWKV7_MIN_LOG_W, unit_keys
+
+Form = Callable[[], Any]
+
+
+def draw(B: int, T: int, H: int, N: int, dtype: mx.Dtype, seed: int = 0) -> list[mx.array]:
+    """r, log_w, k, v, a, b (B, T, H, N) as a layer would make them, and a float32 state; log_w, a, b float32."""
+    mx.random.seed(seed)
+    r, k, v, kappa, d, rate = (mx.random.normal((B, T, H, N)) for _ in range(6))
+    kappa = unit_keys(kappa)
+    log_w = RWKV7_MIN_LOG_W * mx.sigmoid(d)
+    arrays = [r.astype(dtype), log_w, k.astype(dtype), v.astype(dtype), -kappa, kappa * mx.sigmoid(rate), zero_state(r)]
+    mx.eval(arrays)
+    return arrays
+
+
+def forms(arrays: list[mx.array]) -> dict[str, Form]:
+    """The same recurrence in each form; a token loop only where mlx-lm itself has a kernel to offer beside it."""
+    r, log_w, k, v, a, b, state = arrays
+    w = mx.exp(log_w).astype(r.dtype)
+    short = [x.astype(r.dtype) for x in (a, b, state)]  # mlx-lm keeps all of them in the type of the activations
+    mx.eval(w, short)
+    found: dict[str, Form] = {
+        "radlads": lambda: wkv7(r, log_w, k, v, a, b, state, min_log_w=RWKV7_MIN_LOG_W),
+        "token loop": lambda: token_loop(r, w, k, v, *short),
+    }
+    if mx.metal.is_available() and mx.default_device() == mx.gpu:
+        found["mlx-lm kernel"] = lambda: wkv7_kernel(r, w, k, v, *short)
+    return found
+
+
+def token_loop(
+    r: mx.array, w: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """What mlx-lm does without its kernel: its step, once per token."""
+    out = []
+    for t in range(r.shape[1]):
+        y, state = _wkv7_step_ops(r[:, t], w[:, t], k[:, t], v[:, t], a[:, t], b[:, t], state)
+        out.append(y)
+    return mx.stack(out, axis=1), state
+
+
+def interleaved(forms: Mapping[str, Form], rounds: int = 7) -> dict[str, float]:
+    """Median seconds of each form, the forms taking turns; one round before counts for nothing."""
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for i in range(rounds + 1):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            mx.eval(form())
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_bytes(form: Form) -> int:
+    """Bytes that MLX holds at most while a form runs, above what it held before."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(form())
+    return mx.get_peak_memory() - before
+
+
+def copy_bandwidth(megabytes: int, rounds: int = 7) -> float:
+    """Bytes read and written per second by a copy of an array of this size."""
+    x = mx.zeros((megabytes * 2**18,), mx.float32)
+    mx.eval(x)
+    return 2 * x.nbytes / interleaved({"copy": lambda: x + 1}, rounds)["copy"]

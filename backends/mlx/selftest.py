@@ -1,0 +1,129 @@
+"""The self-test of `radlads doctor`: kernels against golden files, fused steps against unfused ones, speeds.
+
+`python -m radlads.backends.mlx.selftest` prints the same lines without the rest of the report.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from radlads.backends.mlx.kernels.gpu import LANES, has_kernels
+from radlads.backends.mlx.kernels.wkv6 import wkv6
+from radlads.backends.mlx.kernels.wkv7 import wkv7
+from radlads.backends.mlx.measure import copy_bandwidth, draw, forms, interleaved
+from radlads.backends.mlx.model import Model, ModelArgs
+from radlads.spec import ModelSpec
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+GOLDENS = Path(__file__).with_name("goldens")
+OPS = {"wkv6": (wkv6, ("q", "k", "v", "log_w", "state")), "wkv7": (wkv7, ("r", "log_w", "k", "v", "a", "b", "state"))}
+TOKENS, SCALE = 19, 0.5  # a whole block of 16 and a part, also of blocks of 8
+GOLDEN_BOUND = 1e-5  # largest error over largest value
+STEP_BOUND = 1e-4
+STUDENT = ModelSpec("qwen3", 64, 64, 2, 2, 1, 64, 64, qk_norm=True)
+STUDENTS = {
+    "rwkv6": STUDENT.as_student("rwkv6"),
+    "rwkv6 with norm": STUDENT.as_student("rwkv6", gate="lowrank", groupnorm=True),
+    "rwkv7 A": STUDENT.as_student("rwkv7", variant="A"),
+    "rwkv7 B": STUDENT.as_student("rwkv7", variant="B"),
+    "rwkv7 C": replace(STUDENT, head_dim=128).as_student("rwkv7"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: `error` is the largest error over the largest value."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def good(self) -> bool:
+        """Whether the error is within the bound; NaN is not."""
+        return self.error <= self.bound
+
+
+def golden_inputs(op: str, head_size: int) -> Arrays:
+    """The inputs of a golden file, made from a stream of numbers that numpy keeps the same, and the slopes of its results."""
+    bits = np.random.Generator(np.random.PCG64(head_size))
+    token, matrix = (1, TOKENS, 1, head_size), (1, 1, head_size, head_size)
+    arrays = {name: 2 * bits.random(matrix if name == "state" else token) - 1 for name in OPS[op][1]}
+    arrays["log_w"] = -np.exp(5 * arrays["log_w"] - 2)  # from -20 to -0.001
+    if op == "wkv7":
+        arrays["a"] /= np.linalg.norm(arrays["a"], axis=-1, keepdims=True)
+        arrays["b"] = -arrays["a"] * bits.random(token)
+    arrays |= {"slope of p": 2 * bits.random(token) - 1, "slope of last": 2 * bits.random(matrix) - 1}
+    return {name: x.astype(np.float32) for name, x in arrays.items()}
+
+
+def condensed(results: Arrays) -> Arrays:
+    """Results as a golden file holds them: of a matrix per head only its products with a fixed vector from either side."""
+    kept: Arrays = {}
+    for name, x in results.items():
+        if x.shape[1] != TOKENS:
+            probe = np.cos(np.arange(x.shape[-1], dtype=np.float64))
+            kept[f"{name}, rows"], kept[f"{name}, columns"] = (x @ probe).astype(np.float32), (probe @ x).astype(np.float32)
+        else:
+            kept[name] = x
+    return kept
+
+
+def results_here(op: str, head_size: int) -> Arrays:
+    """p, the last state and every gradient, on the default device."""
+    run, names = OPS[op]
+    inputs = {name: mx.array(x) for name, x in golden_inputs(op, head_size).items()}
+    slopes = [inputs.pop("slope of p"), inputs.pop("slope of last")]
+    results, gradients = mx.vjp(lambda *arrays: run(*arrays, scale=SCALE), [inputs[name] for name in names], slopes)
+    found = dict(zip(("p", "last"), results, strict=True)) | dict(zip((f"d {name}" for name in names), gradients, strict=True))
+    return {name: np.array(x) for name, x in found.items()}
+
+
+def check_goldens() -> Iterator[Check]:
+    """Forward and gradients of both recurrences at every head size that has kernels."""
+    for op in OPS:
+        for head_size in LANES:
+            with np.load(GOLDENS / f"{op}-{head_size}.npz", allow_pickle=False) as golden:
+                found = condensed(results_here(op, head_size))
+                error = max(float(np.abs(found[name] - golden[name]).max() / np.abs(golden[name]).max()) for name in golden)
+            yield Check(f"{op}, heads of {head_size}, with gradients", error, GOLDEN_BOUND)
+
+
+def check_steps() -> Iterator[Check]:
+    """One token at a time through the fused step, against the same model in training mode, which has none."""
+    for name, spec in STUDENTS.items():
+        if not has_kernels(spec.N):
+            continue
+        mx.random.seed(0)
+        model = Model(ModelArgs(radlads=spec.to_dict()))
+        model.load_weights([(key, 0.2 * mx.random.normal(row.shape)) for key, row in spec.tensors().items()])
+        logits = []
+        for training in (True, False):
+            model.train(training)
+            cache = model.make_cache()
+            logits.append(mx.concatenate([model(mx.array([[token]]), cache) for token in (3, 1, 4, 1, 5)]))
+        error = mx.abs(logits[0] - logits[1]).max() / mx.abs(logits[0]).max()
+        yield Check(f"step of {name}", float(error), STEP_BOUND)
+
+
+def speeds() -> Iterator[str]:
+    """Bandwidth, and tokens per second of one layer's recurrence in each form, prompt and decoding."""
+    on_gpu = mx.default_device() == mx.gpu
+    yield f"copy {copy_bandwidth(256 if on_gpu else 16, 3) / 1e9:.1f} GB/s"
+    heads, size, tokens = (28, 128, 1024) if on_gpu else (2, 64, 128)
+    dtype = mx.bfloat16 if on_gpu else mx.float32
+    for kind, length in (("prompt", tokens), ("decoding", 1)):
+        seconds = interleaved(forms(draw(1, length, heads, size, dtype)), 3)
+        rates = ", ".join(f"{name} {length / s:,.0f}" for name, s in seconds.items())
+        yield f"recurrence, {kind}, {heads} heads of {size}, tokens/s: {rates}"
+
+
+if __name__ == "__main__":
+    for check in (*check_goldens(), *check_steps()):
+        print(f"{'ok' if check.good else 'WRONG':6s} {check.name}: {check.error:.1e}")
+    print(*speeds(), sep="\n")

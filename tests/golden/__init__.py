@@ -1,0 +1,1 @@
+"""How the golden files are made."""
