@@ -3,9 +3,10 @@
 `python -m radlads.backends.mlx.selftest` prints the same lines without the rest of the report.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,10 @@ from radlads.spec import ModelSpec
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 GOLDENS = Path(__file__).with_name("goldens")
-OPS = {"wkv6": (wkv6, ("q", "k", "v", "log_w", "state")), "wkv7": (wkv7, ("r", "log_w", "k", "v", "a", "b", "state"))}
+OPS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "wkv6": (wkv6, ("q", "k", "v", "log_w", "state")),
+    "wkv7": (wkv7, ("r", "log_w", "k", "v", "a", "b", "state")),
+}
 TOKENS, SCALE = 19, 0.5  # a whole block of 16 and a part, also of blocks of 8
 GOLDEN_BOUND = 1e-5  # largest error over largest value
 STEP_BOUND = 1e-4
