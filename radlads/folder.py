@@ -151,14 +151,22 @@ def read_manifest(path: Path, spec: ModelSpec) -> dict[str, Any] | None:
     if not os.path.lexists(path / MANIFEST):
         return None
     manifest = read_json(contained(path, MANIFEST))
+    check_manifest(manifest, spec, path / MANIFEST)
+    return manifest
+
+
+def check_manifest(manifest: object, spec: ModelSpec, where: object) -> None:
+    """R204 unless it is a manifest of our schema with a stage that the model can have."""
     stages = (0, 1, 2, 3) if spec.recurrent else (0, 1, 2, 3, None)
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         why = f"it is no manifest of schema {SCHEMA}"
-        raise fail("R204", where=path / MANIFEST, why=why, fix="Update radlads, or make the folder again")
+        raise fail("R204", where=where, why=why, fix="Update radlads, or make the folder again")
     stage = manifest.get("stage")
     if isinstance(stage, bool | float) or not isinstance(stage, int | None) or stage not in stages:
-        raise fail("R204", where=path / MANIFEST, why=f"stage {stage!r} is none of 0 to 3", fix="Make the folder again")
-    return manifest
+        raise fail("R204", where=where, why=f"stage {stage!r} is none of 0 to 3", fix="Make the folder again")
+    for name, kind in (("history", list), ("files", dict)):
+        if not isinstance(manifest.get(name, kind()), kind):
+            raise fail("R204", where=where, why=f"{name} is of the wrong kind", fix="Make the folder again")
 
 
 def fitting(path: Path, spec: ModelSpec, rows: Mapping[str, Row], stored: dict[str, Entry]) -> dict[str, Entry]:

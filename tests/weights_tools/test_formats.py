@@ -16,9 +16,11 @@ from radlads.files import sha256
 from radlads.folder import open_folder
 from radlads.tensors import read_header, read_raw
 from radlads.weights_tools.convert import convert
-from radlads.weights_tools.formats import FORMATS, open_source, pth, recognise
+from radlads.weights_tools.formats import FORMATS, gguf_rules, gguf_tokenizer, gguf_writer, open_source, pth, recognise
 from radlads.weights_tools.formats.format import Reading, Writing
 from radlads.weights_tools.formats.ggml import DECODERS
+from radlads.weights_tools.output import as_bytes
+from radlads.weights_tools.rules import to_theirs
 from radlads.weights_tools.surgery import make_student
 from tests.models import rewrite, tiny_teacher
 
@@ -277,3 +279,48 @@ def test_archive_of_more_than_four_gigabytes_has_the_fields_of_zip64(large: int,
     convert(tmp_path / "model.pth", tmp_path / "back", "hf", reading=reading, allow_nonfinite=True, say=lambda text: None)
     for name, entry in open_folder(tmp_path / "back").weights.items():
         assert read_raw(entry).tobytes() == read_raw(open_folder(source).weights[name]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("radlads.file.../escaped.txt", "x"),
+        ("radlads.file.modeling.py", "raise SystemExit"),
+        ("radlads.file.config.json", "{}"),
+        ("radlads.config", '{"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}'),
+        ("radlads.dtypes", '{"model.norm.weight": "F64", "model.embed_tokens.weight": 5}'),
+        ("tokenizer.ggml.bos_token_id", "one"),
+        ("radlads.manifest", '{"schema": 1, "stage": null, "history": 5}'),
+        ("radlads.manifest", "[1"),
+        ("llama.embedding_length", "wide"),
+        ("llama.attention.head_count", 0),
+        ("llama.rope.freq_base", "x"),
+        ("llama.block_count", 2**31),
+        ("tokenizer.ggml.tokens", 7),
+        ("tokenizer.ggml.merges", ["abc"]),
+        ("tokenizer.ggml.pre", "unheard-of"),
+        ("general.architecture", "gpt2"),
+    ],
+)
+def test_metadata_of_a_hostile_file_is_refused_in_one_line_or_without_effect(key: str, value: Any, tmp_path: Path) -> None:
+    source = open_source(tiny_teacher(tmp_path / "teacher", "llama"))
+    meta = gguf_writer.metadata(source, source.tensors, "F32")
+    meta |= gguf_tokenizer.metadata_of(source.files, source.token_ids, source.spec.V, source.path)
+    if key.startswith(("llama.", "tokenizer.")):
+        for ours in [name for name in meta if name.startswith(("radlads.", "tokenizer.huggingface"))]:
+            del meta[ours]
+    theirs = to_theirs(gguf_rules.rules_of(source.spec), source.tensors)
+    parts = [gguf_writer.header({**meta, key: value}, theirs)]
+    parts += [bytes(as_bytes(piece)) if not isinstance(piece, bytes) else piece
+              for segment in gguf_writer.data(theirs) for piece in segment.pieces({})]  # fmt: skip
+    (tmp_path / "hostile.gguf").write_bytes(b"".join(parts))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    try:
+        convert(tmp_path / "hostile.gguf", tmp_path / "out", "hf", say=lambda text: None)
+    except RadladsError as error:
+        assert error.code[:2] == "R2" and sorted(path.name for path in tmp_path.rglob("*")) == before
+        return
+    assert not (tmp_path / "escaped.txt").exists() and not list((tmp_path / "out").glob("*.py"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config and config["hidden_size"] == 64
+    open_folder(tmp_path / "out")

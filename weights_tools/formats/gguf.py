@@ -11,8 +11,9 @@ import numpy as np
 
 from radlads.errors import RadladsError, fail
 from radlads.families import read_config
+from radlads.folder import TOKEN_KEYS, check_manifest
 from radlads.spec import DEFAULT_OPTIONS, ModelSpec, Ranks
-from radlads.tensors import Raw
+from radlads.tensors import FLOATS, Raw
 from radlads.weights_tools.formats import gguf_tokenizer as tokenizer
 from radlads.weights_tools.formats.format import Reading, Source, StoredTensor, fit
 from radlads.weights_tools.formats.ggml import DECODERS
@@ -46,8 +47,9 @@ def read(path: Path, reading: Reading) -> Source:
     except KeyError as error:
         why = f"{error.args[0]} has no place in the architecture {arch}"
         raise fail("R203", where=path, why=why, fix="Use another file") from None
-    originals = table(meta, "radlads.dtypes", path)
+    originals = {name: dtype for name, dtype in table(meta, "radlads.dtypes", path).items() if dtype in FLOATS}
     tensors = {name: cast(tensor, originals.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+    own_ids = {name: ids for name, ids in table(meta, "radlads.config", path).items() if name in TOKEN_KEYS}
     kinds = sorted({entry.type for entry in entries.values()})
     return Source(
         path=path,
@@ -57,9 +59,9 @@ def read(path: Path, reading: Reading) -> Source:
         tensors=fit(path, spec, tensors),
         stored=[StoredTensor(entry.name, entry.type, entry.shape, path.name, entry.nbytes) for entry in file.tensors.values()],
         inputs=(path,),
-        config={**config, **tokenizer.token_ids(meta), **table(meta, "radlads.config", path)},
+        config={**config, **tokenizer.token_ids(meta), **own_ids},
         files=tokenizer.files_of(meta, path),
-        manifest=table(meta, "radlads.manifest", path) or None,
+        manifest=manifest_in(meta, spec, path),
         notices=tuple(notices),
         quantised=any(kind in DECODERS for kind in kinds),
     )
@@ -74,6 +76,14 @@ def table(meta: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise fail("R204", where=f"{path}: {key}", why="it is no JSON table", fix="Convert the model again")
     return value
+
+
+def manifest_in(meta: Mapping[str, Any], spec: ModelSpec, path: Path) -> dict[str, Any] | None:
+    """Our record of the model, None where there is none; R204."""
+    record = table(meta, "radlads.manifest", path)
+    if record:
+        check_manifest(record, spec, f"{path}: radlads.manifest")
+    return record or None
 
 
 def floats(entry: GgufEntry) -> Lazy:
@@ -125,7 +135,10 @@ def described(path: Path, file: GgufFile, arch: str, notices: list[str]) -> tupl
             return ModelSpec.from_dict(table(file.metadata, "radlads.spec", path)), {}
         except (TypeError, ValueError) as error:
             raise fail("R204", where=f"{path}: radlads.spec", why=str(error), fix="Convert the model again") from None
-    config = config_of(path, file, arch)
+    try:
+        config = config_of(path, file, arch)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise fail("R204", where=path, why=f"its settings are of the wrong kind: {error}", fix="Use another file") from None
     try:
         spec = read_config(config)
         return (student(spec, file, notices) if arch == RWKV6 else spec), config

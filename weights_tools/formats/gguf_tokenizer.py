@@ -11,6 +11,8 @@ from typing import Any
 
 from radlads.errors import RadladsError, fail
 from radlads.files import parse_json
+from radlads.folder import CONFIG, MANIFEST, WEIGHT_SUFFIXES
+from radlads.tensors import is_plain_name
 
 Files = Mapping[str, Path | bytes]
 Meta = dict[str, Any]
@@ -35,7 +37,7 @@ SPLITTERS: dict[str, list[dict[str, Any]]] = {
 
 def files_of(meta: Meta, path: Path) -> dict[str, bytes]:
     """tokenizer.json and its companions from the metadata; R206 where the tokenizer is of an unknown kind."""
-    carried = {key.removeprefix("radlads.file."): text.encode() for key, text in meta.items() if key.startswith("radlads.file.")}
+    carried = dict(carried_in(meta))
     if "tokenizer.huggingface.json" in meta:
         carried[TOKENIZER] = str(meta["tokenizer.huggingface.json"]).encode()
     if TOKENIZER in carried or meta.get("tokenizer.ggml.model") in (None, "no_vocab", "none"):
@@ -46,6 +48,15 @@ def files_of(meta: Meta, path: Path) -> dict[str, bytes]:
         why = f"the tokenizer in it cannot be put together: {error}"
         raise fail("R206", where=path, why=why, fix="Take tokenizer.json from the original model") from None
     return {TOKENIZER: to_bytes(table), **settings_of(meta)}
+
+
+def carried_in(meta: Meta) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files that ride along; never a path, weights, a config or code."""
+    for key, content in meta.items():
+        name = key.removeprefix("radlads.file.")
+        harmless = is_plain_name(name) and not name.startswith(".") and name not in (CONFIG, MANIFEST)
+        if name != key and harmless and not name.endswith((*WEIGHT_SUFFIXES, ".py", ".index.json")):
+            yield name, str(content).encode()
 
 
 def tokenizer_of(meta: Meta) -> dict[str, Any]:
@@ -147,10 +158,11 @@ def begin_with(token: str, number: int) -> dict[str, Any]:
 def settings_of(meta: Meta) -> dict[str, bytes]:
     """tokenizer_config.json, generation_config.json and the chat template."""
     tokens = meta.get("tokenizer.ggml.tokens", [])
+    tokens = tokens if isinstance(tokens, list) else []
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         number = meta.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(number, int) and number < len(tokens):
+        if isinstance(number, int) and 0 <= number < len(tokens):
             settings[f"{name}_token"] = tokens[number]
     if isinstance(begins := meta.get("tokenizer.ggml.add_bos_token"), bool):
         settings["add_bos_token"] = begins
@@ -166,9 +178,9 @@ def token_ids(meta: Meta) -> dict[str, Any]:
     """Begin, end and padding ids as config.json has them; a second end (of a turn) makes the end a list."""
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     found = {ours: meta.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
-    ids: dict[str, Any] = {name: number for name, number in found.items() if number is not None}
+    ids: dict[str, Any] = {name: number for name, number in found.items() if type(number) is int}
     turn = meta.get("tokenizer.ggml.eot_token_id")
-    if turn is not None and turn != ids.get("eos_token_id"):
+    if type(turn) is int and turn != ids.get("eos_token_id"):
         ids["eos_token_id"] = [number for number in (ids.get("eos_token_id"), turn) if number is not None]
     return ids
 
