@@ -74,7 +74,7 @@ class World:
 
     def look_out(self, gone: float = GONE) -> None:
         """Watch the other processes from a thread: a collective on GPUs waits for ever for one that was killed."""
-        from torch.distributed.distributed_c10d import TCPStore  # type: ignore[attr-defined]
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.first else None
