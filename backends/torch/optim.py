@@ -93,7 +93,7 @@ class Optimizer:
     def update(self, norm: Tensor) -> None:
         """One update from the gradients, clipped by their norm; weights that a kernel updates in one pass need no copies."""
         self.updates += 1
-        moving = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        moving: dict[str, Any] = {name: p for name, p in self.parameters.items() if p.grad is not None}
         whole = isinstance(self.adam, torch.optim.AdamW)  # SmallAdamW keeps its moments in another form
         fast = {n for n, p in moving.items() if whole and self.masters[n] is not p and adamw_has_kernel(local(p))}
         slow = [name for name in moving if name not in fast]
@@ -122,7 +122,8 @@ class Optimizer:
             if not state:
                 state |= {moment: torch.zeros_like(master) for moment in ("exp_avg", "exp_avg_sq")}
             tensors = (parameter, parameter.grad, master, state["exp_avg"], state["exp_avg_sq"])
-            adamw_(*(local(x) for x in tensors), factor, number=self.updates, **settings)
+            weight, grad, *kept = (local(x) for x in tensors)
+            adamw_(weight, grad, *kept, factor=factor, number=self.updates, **settings)
 
     def rates(self, number: int) -> dict[str, float]:
         """Learning rate of each group at optimiser step `number`."""

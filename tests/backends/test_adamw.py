@@ -23,7 +23,7 @@ def compare(device: str, dtype: torch.dtype) -> None:
     moments, half = [torch.zeros_like(master) for _ in range(2)], torch.tensor(0.5, device=device)
     for number in range(1, 6):
         grad = torch.randn(4099, device=device).to(dtype)
-        adamw_(weight, grad, master, *moments, half, number=number, **SETTINGS)  # type: ignore[arg-type]
+        adamw_(weight, grad, master, *moments, factor=half, number=number, **SETTINGS)  # type: ignore[arg-type]
         wanted.grad = grad.float() / 2
         adam.step()
     torch.testing.assert_close(master, wanted.detach(), rtol=1e-6, atol=1e-6)

@@ -194,3 +194,35 @@ def test_layers_compile_to_few_whole_graphs(mixer: str) -> None:
     kinds = 1 + (mixer == "rwkv7")
     assert (whole, len(graphs)) == (kinds, 2 * kinds)
     torch.testing.assert_close((found, errors), wanted)
+
+
+def test_update_in_one_pass_is_the_same_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups, rates, clipping and count reach the kernel (here written out) as they reach torch's AdamW."""
+    stage = recipe(warmup_steps=0, lr=1e-3, mixer_lr=1e-2, clip=0.5, kind="lm", weight_decay=0.1).stages[0]
+    names = ("model.norm.weight", "model.layers.0.self_attn.w0")
+
+    def trained() -> Optimizer:
+        weights = {name: torch.nn.Parameter(torch.linspace(-1, 1, 5).bfloat16()) for name in names}
+        optimizer = Optimizer(weights, stage)
+        for step in range(3):
+            for number, weight in enumerate(weights.values()):
+                weight.grad = torch.full((5,), 1.0 + number - step).bfloat16()
+            optimizer.step(step)
+        return optimizer
+
+    def written(weight, grad, master, m, v, *, factor, number, lr, betas, eps, weight_decay):  # type: ignore[no-untyped-def]
+        g = grad.float() * factor
+        m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+        v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
+        size = (v / (1 - betas[1] ** number)).sqrt() + eps
+        master.mul_(1 - lr * weight_decay).sub_(lr / (1 - betas[0] ** number) * m / size)
+        weight.copy_(master)
+
+    wanted = trained()
+    monkeypatch.setattr("radlads.backends.torch.optim.adamw_has_kernel", lambda weight: True)
+    monkeypatch.setattr("radlads.backends.torch.optim.adamw_", written)
+    found = trained()
+    assert found.updates == wanted.updates == 3
+    for name in names:  # clipping first rounds the gradients to bfloat16, one pass does not
+        torch.testing.assert_close(found.masters[name], wanted.masters[name], rtol=0, atol=2e-4)
+        assert torch.equal(found.parameters[name].detach(), found.masters[name].bfloat16())

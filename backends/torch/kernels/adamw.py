@@ -31,7 +31,7 @@ def adamw_has_kernel(weight: Tensor) -> bool:
     return HAS_TRITON and weight.is_cuda and weight.dtype == torch.bfloat16 and weight.is_contiguous()
 
 
-def adamw_(weight: Tensor, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, factor: Tensor, *, number: int,
+def adamw_(weight: Tensor, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, factor: Tensor, number: int,
            lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Update `number` (from 1) of torch.optim.AdamW with the gradient times `factor`, a float32 scalar on the device.
 
