@@ -246,7 +246,7 @@ VERBS = (
         "DoctorOptions",
         "doctor",
         "Say what is installed, which backends work, and how to mend what does not.",
-        ("radlads doctor", "radlads doctor --json"),
+        ("radlads doctor", "radlads doctor --kernels", "radlads doctor --json"),
     ),
 )
 
