@@ -42,8 +42,7 @@ class CacheResult:
 
 def cache(options: CacheOptions) -> CacheResult:
     """Read a prompt and write the model's state after it."""
-    from radlads.cli.progress import duration
-    from radlads.cli.render import note
+    from radlads.cli.render import duration, note
     from radlads.data.chat import script_of
     from radlads.session import Context
     from radlads.states import model_fingerprint, save_state

@@ -25,5 +25,6 @@ except ImportError:
     tl = SimpleNamespace(constexpr=lambda value: value)
     HAS_TRITON = False
 
-# The layer below Triton that the Hopper kernels are written in; part of Triton since 3.5.
-HAS_GLUON = HAS_TRITON and find_spec("triton.experimental.gluon") is not None
+# The layer below Triton that the Hopper kernels are written in; part of Triton since 3.5. A model file shipped in a folder
+# does not carry those kernels: it uses them where radlads is installed, and the portable ones elsewhere.
+HAS_GLUON = HAS_TRITON and find_spec("triton.experimental.gluon") is not None and find_spec("radlads") is not None

@@ -2,6 +2,8 @@
 
 Kernels are in wkv6_triton, the form for every other device, dtype and head size in wkv6_plain.
 """
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -164,8 +166,8 @@ def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor
         HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
     arguments = (q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, cu, chunk_seq, chunk_start, *sizes)
     if wkv6_has_hopper(q, log_w):
-        from radlads.backends.torch.kernels.wkv6_hopper import wkv6_hopper_grad_kernel
-        wkv6_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
+        kernels = import_module("radlads.backends.torch.kernels.wkv6_hopper")
+        kernels.wkv6_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
             *arguments, N=N, **plan["pairs"], CLAMP=plan["common"]["CLAMP"], VARLEN=cu_seqlens is not None, num_warps=4)
     else:
         wkv6_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]), H, plan["chunks"])](

@@ -2,6 +2,8 @@
 
 Kernels are in wkv7_triton, the form for every other device, dtype and head size in wkv7_plain.
 """
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -190,8 +192,8 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     arguments = (r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
                  cu, chunk_seq, chunk_start, *sizes, Hv, scale)
     if plan["centred"] and wkv7_has_hopper(r, log_w):
-        from radlads.backends.torch.kernels.wkv7_hopper import wkv7_hopper_grad_kernel
-        wkv7_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
+        kernels = import_module("radlads.backends.torch.kernels.wkv7_hopper")
+        kernels.wkv7_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
             *arguments, N=N, CLAMP=plan["gates"]["CLAMP"], VARLEN=cu_seqlens is not None, num_warps=4)
     elif plan["centred"]:
         wkv7_centred_grad_kernel[(H, plan["chunks"])](
