@@ -30,7 +30,7 @@ GOOD, MISSING, BROKEN, WRONG = "ok", "not installed", "broken", "wrong"
 class DoctorOptions:
     """How to print what was found."""
 
-    kernels: bool = opt(False, "Also compare the kernels with golden files and time them; on a Mac always done.", "--kernels")
+    kernels: bool = opt(False, "Also check and time the kernels (PyTorch's and MLX's; on a GPU it compiles for a minute).", "--kernels")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
 
@@ -77,6 +77,8 @@ def doctor(options: DoctorOptions) -> DoctorResult:
 
     backends = [torch_backend(), mlx_backend()]
     tests, speeds = mlx_kernels(options.kernels) if backends[1].state == GOOD else ([], [])
+    if options.kernels and backends[0].state == GOOD:
+        tests = [*tests, *torch_kernels()]
     findings = [*map(package, PACKAGES), *backends, *tests, machine(), disk()]
     healthy = any(finding.state == GOOD for finding in backends) and all(finding.state == GOOD for finding in tests)
     return DoctorResult(__version__, platform.python_version(), platform.platform(), healthy, findings, speeds)
@@ -102,6 +104,18 @@ def torch_backend() -> Finding:
         return Finding("backend torch", GOOD, f"{device}, {torch.get_num_threads()} threads")
     except Exception as error:  # a broken installation fails in its own ways
         return Finding("backend torch", BROKEN, f"{type(error).__name__}: {error}", "pip install --force-reinstall torch")
+
+
+def torch_kernels() -> list[Finding]:
+    """Each recurrence of the torch backend against float64: the GPU's kernels where there is one, else the plain form."""
+    fix = "Use the Triton that your PyTorch release brings, and report the card and both versions"
+    try:
+        device = "cuda" if import_module("torch").cuda.is_available() else "cpu"
+        checks = import_module("radlads.backends.torch.kernels.selftest").kernel_selftest(device)
+    except Exception as error:  # compilers and drivers fail in their own ways
+        return [Finding("kernels of torch", BROKEN, f"{type(error).__name__}: {error}", fix)]
+    return [Finding(c.name, GOOD if c.passed else WRONG, f"worst relative error {c.error:.1e} in {c.where}, at most {c.bar:.0e}",
+                    "" if c.passed else fix) for c in checks]
 
 
 def mlx_backend() -> Finding:

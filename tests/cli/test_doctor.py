@@ -58,3 +58,12 @@ def test_kernel_that_does_not_compile_is_reported(radlads, monkeypatch):
     monkeypatch.setattr(selftest, "check_goldens", broken)
     outcome = radlads("doctor", "--kernels", "--json")
     assert outcome.status == 3 and "no such register" in outcome.out
+
+
+def test_torch_kernels_are_run_and_a_wrong_one_fails(radlads, monkeypatch):
+    selftest = module.import_module("radlads.backends.torch.kernels.selftest")
+    assert [f.state for f in module.torch_kernels()] == [GOOD] * len(selftest.CASES)
+    wrong = selftest.KernelCheck("wkv7", float("nan"), "d(k)", 1e-2)
+    monkeypatch.setattr(selftest, "kernel_selftest", lambda device: [wrong])
+    outcome = radlads("doctor", "--kernels")
+    assert outcome.status == 3 and "kernel is wrong" in outcome.out and "d(k)" in outcome.out
