@@ -30,7 +30,7 @@ GOOD, MISSING, BROKEN, WRONG = "ok", "not installed", "broken", "wrong"
 class DoctorOptions:
     """How to print what was found."""
 
-    kernels: bool = opt(False, "Also check and time the kernels (PyTorch's and MLX's; on a GPU it compiles for a minute).", "--kernels")
+    kernels: bool = opt(False, "Also check the kernels of both backends, and time those of MLX.", "--kernels")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
 
