@@ -185,6 +185,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "storage size true": (saved(table(tensor(place(count=b"\x88")))), "size belongs"),
     "unknown storage class": (saved(table(tensor(place("torch\nQUInt8Storage")))), "QUInt8Storage"),
     "tensor of a text": (saved(table(tensor(word("0")))), "do not fit"),
+    "gradient flag is a number": (saved(table(tensor()).replace(b"\x89", b"K\0")), "do not fit"),
+    "hooks are a text": (saved(table(tensor()).replace(b"ccollections\nOrderedDict\n)R", word("x"))), "do not fit"),
     "negative offset": (saved(table(tensor(offset=number(-1)))), "size belongs"),
     "offset past the end": (saved(table(tensor(offset=number(1)))), "ends behind its storage"),
     "shape past the end": (saved(table(tensor(shape=numbers((3, 2))))), "ends behind its storage"),

@@ -304,13 +304,13 @@ def call(function: object, arguments: object) -> object:
         raise Refused("its pickle calls something that is no function")
     if function == ORDERED_DICT and not arguments:
         return Ordered()
-    if function == PARAMETER and len(arguments) == 3 and isinstance(arguments[0], Tensor):
+    if function == PARAMETER and len(arguments) == 3 and isinstance(arguments[0], Tensor) and type(arguments[1]) is bool:
         return arguments[0]
     if function == TENSOR and len(arguments) in (6, 7) and isinstance(arguments[0], Storage):
         if len(arguments) == 7 and arguments[6]:
             raise Refused("a tensor has bits of its own (conjugate or negative), which no weights have", RESAVE)
         shape, strides = naturals(arguments[2]), naturals(arguments[3])
-        if len(shape) == len(strides):
+        if len(shape) == len(strides) and type(arguments[4]) is bool and isinstance(arguments[5], dict):
             return Tensor(arguments[0], natural(arguments[1]), shape, strides)
     raise Refused(f"its pickle calls {function.replace(' ', '.', 1)} with arguments that do not fit")
 
