@@ -139,7 +139,7 @@ VERBS = (
         "Read a long prompt once and keep the model's state after it, a file of a fixed size.",
         (
             "cat report.txt | radlads cache student -o report.state",
-            "radlads generate student --load-state report.state -p 'Sum it up.'",
+            "radlads cache student -p 'You are a careful editor.' -o editor.state",
         ),
         aliases=("cache-prompt",),
     ),

@@ -71,7 +71,10 @@ def test_sizes(count, text):
     assert size(count) == text
 
 
-def test_bar_is_drawn_only_on_a_terminal(capsys):
-    with render.progress("x") as report:
-        assert report is None
-    assert capsys.readouterr().err == ""
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    with render.progress("reading") as report:
+        report(1, 4)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(render, "LINE_SECONDS", 0.0)
+        report(2, 4)
+    assert capsys.readouterr().err == "reading: 50%, 0 s left\n"

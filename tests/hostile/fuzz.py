@@ -77,6 +77,22 @@ def minimal(checker: Checker, inputs: list[bytes]) -> tuple[list[bytes], set[int
     return kept, seen
 
 
+def trimmed(checker: Checker, data: bytes, wanted: set[int]) -> bytes:
+    """A shorter input that still takes the wanted steps: what is left is more likely to be changed where it matters."""
+    size = len(data) // 2
+    while size:
+        start = 0
+        while start < len(data):
+            shorter = data[:start] + data[start + size :]
+            try:
+                enough = wanted <= edges_of(checker.check, shorter, checker.modules)
+            except Exception:  # a finding, which the search will come upon by itself
+                return data
+            data, start = (shorter, start) if enough else (data, start + size)
+        size //= 4
+    return data
+
+
 def fuzz(name: str, seconds: float, seed: int, found: Path) -> bool:
     """One session of `seconds` of processor time; True if there was no finding."""
     checker, rng = CHECKERS[name], random.Random(seed)
@@ -101,8 +117,8 @@ def fuzz(name: str, seconds: float, seed: int, found: Path) -> bool:
             continue
         executions += 1
         if not edges <= seen:
+            corpus.append(trimmed(checker, data, edges - seen))
             seen |= edges
-            corpus.append(data)
     kept, seen = minimal(checker, corpus)
     keep(name, kept, found)
     record = json.loads((found / RECORD).read_text()) if (found / RECORD).exists() else {}

@@ -18,7 +18,7 @@ def change(rng: Random, copy: bytearray, others: Sequence[bytes], words: Sequenc
     """One change in place."""
     start = rng.randrange(len(copy) + 1)
     stop = min(len(copy), start + rng.randint(1, 16))
-    kind = rng.randrange(9)
+    kind = rng.randrange(10)
     if kind == 0 and copy:
         copy[start % len(copy)] ^= 1 << rng.randrange(8)
     elif kind == 1 and copy:
@@ -39,6 +39,8 @@ def change(rng: Random, copy: bytearray, others: Sequence[bytes], words: Sequenc
         other = rng.choice(others)
         begin = rng.randrange(len(other) + 1)
         copy[start:stop] = other[begin : begin + rng.randint(1, 64)]
+    elif kind == 9:
+        copy[start:start] = rng.randbytes(rng.randint(1, 2))
     elif kind == 8 and copy:
         spot = start % len(copy)
         copy[spot] = (copy[spot] + rng.choice((-1, 1))) % 256
