@@ -131,7 +131,7 @@ def test_parameters_are_the_rows_of_the_spec(name):
     }
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", SPECS)
 def test_left_padding_changes_nothing(name):
     model, _ = build(name)
     rows, padding = [tokens_of(n, seed=n) for n in (23, 9, 1)], [0, 14, 22]
@@ -178,7 +178,7 @@ def test_right_padding_extract_and_extend_change_nothing(name):
         assert relative(step[i], alone(model, *parts)[-1:]) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["rwkv6", "rwkv7 B", "rwkv7 hybrid", "hxa079 hybrid"])
+@pytest.mark.parametrize("name", SPECS)
 def test_gradient_equals_the_oracle_slope(name):
     model, weights = build(name)
     tokens, rng = tokens_of(12), np.random.default_rng(2)
@@ -202,7 +202,7 @@ def test_gradient_equals_the_oracle_slope(name):
     assert found == pytest.approx(slope(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rwkv6 hybrid", "rwkv7 C", "hxa079 hybrid"])
+@pytest.mark.parametrize("name", SPECS)
 def test_packed_equals_separate_with_gradients(name):
     model, _ = build(name)
     pieces = [mx.array(tokens_of(n, seed=n))[None] for n in (23, 9, 1)]

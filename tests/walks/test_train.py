@@ -13,6 +13,7 @@ import pytest
 
 from radlads.backends import open_engine
 from radlads.folder import open_folder
+from radlads.tensors import read_raw
 from radlads.tokenizer import Tokenizer
 from tests.models import tiny_teacher
 
@@ -124,6 +125,20 @@ def test_bad_input_is_one_line(place: Path, finished: Path, arguments: list[str]
     assert process.returncode == status, err
     assert not (place / "fresh").exists(), "bad input has left something"
     assert out == "" and len(err.strip().splitlines()) == 1 and all(word in err for word in words), err
+
+
+def test_a_tied_teacher_lends_its_student_a_head_for_step_2(place: Path) -> None:
+    """`student.head: retied`: the student is tied before and after, and trained with a head of its own in between."""
+    few = [f"--set=stages.{i}.tokens=320" for i in range(3)]
+    few += ["--set=student.head=retied", "--json"]
+    process = radlads("train", "tiny", "--teacher", "teacher", "--output-dir", "retied", *SMALL, *few, cwd=place)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert json.loads(out)["status"] == "done"
+    folders = [open_folder(place / "retied" / f"stage-{stage}") for stage in (0, 1, 2, 3)]
+    assert all(folder.spec.tie_embeddings and "lm_head.weight" not in folder.weights for folder in folders)
+    embeddings = [np.array(read_raw(folder.weights["model.embed_tokens.weight"])) for folder in folders]
+    assert np.array_equal(embeddings[0], embeddings[1]) and not np.array_equal(embeddings[1], embeddings[2])
 
 
 @pytest.mark.slow
