@@ -51,6 +51,14 @@ class TrainingScreen:
         """Whether the last line was long enough ago."""
         return time.monotonic() - self.last_line >= INTERVAL
 
+    def reading(self, done: int, total: int | None) -> None:
+        """While the data become tokens; small data are done before the first line is due."""
+        if self.kind != "reading":
+            self.kind, self.last_line = "reading", time.monotonic()
+        elif self.due():
+            self.last_line = time.monotonic()
+            self.say(f"reading the data: {done / total:.0%}" if total else f"reading the data: {done:,} rows")
+
     def step(self, progress: "Progress") -> None:
         """After each optimiser step."""
         stage = progress.stage

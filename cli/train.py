@@ -255,12 +255,12 @@ def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int], 
         return stop["signal"] != 0
 
     if inputs.teacher is None:
-        return train_teacher(run, inputs.tokenizer, screen.step, stopping, world)
+        return train_teacher(run, inputs.tokenizer, screen, stopping, world)
     step0, teacher = run.stage_folder(0), inputs.teacher
     if inputs.student is None:
         world.once(lambda: None if step0.exists() else transfer(run.recipe, teacher, step0))
     student = inputs.student or open_folder(step0)
-    return convert(run, teacher, student, inputs.tokenizer, screen.step, screen.say, stopping, world)
+    return convert(run, teacher, student, inputs.tokenizer, screen, stopping, world)
 
 
 def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:

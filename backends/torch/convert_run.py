@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,12 +49,26 @@ Report = Callable[[Progress], None]
 Stopping = Callable[[], bool]
 
 
+class Screen(Protocol):
+    """Where a run says how far it is."""
+
+    def reading(self, done: int, total: int | None) -> None:
+        """Bytes of the data that are tokens by now, of all (None where that is not known)."""
+
+    def step(self, progress: Progress) -> None:
+        """After each optimiser step."""
+
+    def say(self, text: str) -> None:
+        """A line of text."""
+
+
 class RecipeRun:
     """The parts of a run that every stage needs: teacher, data, tokenizer, device."""
 
     def __init__(
-        self, run: Run, teacher: ModelFolder | None, student: ModelSpec, tokenizer: Tokenizer, world: World
+        self, run: Run, teacher: ModelFolder | None, student: ModelSpec, tokenizer: Tokenizer, screen: Screen, world: World
     ) -> None:
+        self.screen = screen
         self.run, self.recipe, self.tokenizer, self.world = run, run.recipe, tokenizer, world
         self.gpu = costs.gpu_called(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
         self.specs = (None if teacher is None else teacher.spec, student)
@@ -71,7 +85,7 @@ class RecipeRun:
         made: list[Corpus] = []
 
         def make() -> None:
-            made.append(open_corpus(getattr(data, part), data, self.tokenizer, self.run.data / part))
+            made.append(open_corpus(getattr(data, part), data, self.tokenizer, self.run.data / part, self.screen.reading))
 
         self.world.once(make)
         if not made:
@@ -222,11 +236,11 @@ def tokenizer_files(recipe: Recipe) -> Mapping[str, bytes]:
     return {"tokenizer.json": (path / "tokenizer.json" if path.is_dir() else path).read_bytes(), **found}
 
 
-def train_teacher(run: Run, tokenizer: Tokenizer, report: Report, stopping: Stopping, world: World) -> bool:
+def train_teacher(run: Run, tokenizer: Tokenizer, screen: Screen, stopping: Stopping, world: World) -> bool:
     """A new teacher from random weights; False when it was asked to stop."""
-    parts = RecipeRun(run, None, run.recipe.init_spec(), tokenizer, world)
+    parts = RecipeRun(run, None, run.recipe.init_spec(), tokenizer, screen, world)
     (stage,) = run.recipe.stages
-    folder = parts.stage(stage, new_model(run.recipe.init_spec(), run.recipe.seed), report, stopping)
+    folder = parts.stage(stage, new_model(run.recipe.init_spec(), run.recipe.seed), screen.step, stopping)
     if folder is None:
         return False
     found = parts.measured(open_folder(folder), "teacher")
@@ -243,28 +257,27 @@ def convert(
     teacher: ModelFolder,
     step0: ModelFolder,
     tokenizer: Tokenizer,
-    report: Report,
-    say: Callable[[str], None],
+    screen: Screen,
     stopping: Stopping,
     world: World,
 ) -> bool:
     """All stages of a conversion from the student folder `step0`; False when it was asked to stop."""
     recipe = run.recipe
-    parts = RecipeRun(run, teacher, step0.spec, tokenizer, world)
+    parts = RecipeRun(run, teacher, step0.spec, tokenizer, screen, world)
     assert parts.teacher is not None
     measured = parts.measured(parts.teacher, "teacher")
     found = parts.measured(step0, step0.stage or 0)
-    say(f"teacher: {losses(measured)}; student before training: {losses(found)}")
+    screen.say(f"teacher: {losses(measured)}; student before training: {losses(found)}")
     folder, stages = step0, []
     for stage in recipe.stages:
-        path = parts.stage(stage, folder, report, stopping)
+        path = parts.stage(stage, folder, screen.step, stopping)
         if path is None:
             return False
         folder = open_folder(path)
         found = parts.measured(folder, stage.number)
         if stage.kind == "align":
             parts.measure_difficulty(folder)
-        say(f"after stage {stage.number}: {losses(found)}, KL {found['kl']:.4f}, agreement {found['agreement']:.1%}")
+        screen.say(f"after stage {stage.number}: {losses(found)}, KL {found['kl']:.4f}, agreement {found['agreement']:.1%}")
         stages.append(
             {"stage": stage.number, "kind": stage.kind, "tokens": stage.steps * stage.tokens_per_step, "folder": path.name}
         )
