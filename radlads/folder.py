@@ -238,6 +238,7 @@ def save_folder(
             write_file(folder / name, data)
         config = {**write_config(spec), "dtype": CONFIG_DTYPES[dtype]}
         kept = {key: source.config[key] for key in TOKEN_KEYS if source and key in source.config}
+        kept |= code_keys(source, copied) if source else {}
         write_file(folder / CONFIG, to_json({**config, **kept, **(config_extra or {})}))
         write_shards(folder, tensors, plan)
         if fingerprint(source) != before:
@@ -274,6 +275,18 @@ def inherited(source: ModelFolder) -> list[Path]:
         and not name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
         and (ours or not name.endswith(".py"))
     ]
+
+
+def code_keys(source: ModelFolder, copied: list[Path]) -> dict[str, Any]:
+    """The config keys by which transformers and mlx-lm find model code, where that code comes along in `copied`."""
+    names = {file.name for file in copied}
+    found = {}
+    if isinstance(file := source.config.get("model_file"), str) and file in names:
+        found["model_file"] = file
+    classes = source.config.get("auto_map")
+    if isinstance(classes, dict) and all(isinstance(x, str) and f"{x.partition('.')[0]}.py" in names for x in classes.values()):
+        found["auto_map"] = classes
+    return found
 
 
 def fingerprint(source: ModelFolder | None) -> list[tuple[str, int, int, int]]:

@@ -127,6 +127,23 @@ def test_bad_input_is_one_line(place: Path, finished: Path, arguments: list[str]
     assert out == "" and len(err.strip().splitlines()) == 1 and all(word in err for word in words), err
 
 
+def test_every_stage_loads_in_stock_transformers_and_mlx_lm(finished: Path) -> None:
+    """The folders that training leaves need no more than their own files; logits equal those of the engine."""
+    transformers, mlx_lm = pytest.importorskip("transformers"), pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+    import torch
+
+    ids = list(range(5, 25))
+    for name in ("stage-1", "model"):
+        folder = finished / name
+        wanted = open_engine(open_folder(folder), "torch").feed(open_engine(open_folder(folder), "torch").start(), ids)[0]
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            assert np.abs(model(torch.tensor([ids])).logits[0, -1].numpy() - wanted).max() <= 1e-4
+        stock, _ = mlx_lm.load(str(folder), trust_remote_code=True, tokenizer_config={"trust_remote_code": True})
+        assert np.abs(np.array(stock(mx.array([ids]))[0, -1]) - wanted).max() <= 1e-4
+
+
 def test_a_tied_teacher_lends_its_student_a_head_for_step_2(place: Path) -> None:
     """`student.head: retied`: the student is tied before and after, and trained with a head of its own in between."""
     few = [f"--set=stages.{i}.tokens=320" for i in range(3)]
