@@ -49,14 +49,28 @@ VERDICT = "verify.json"  # what `radlads verify` found; true of this folder alon
 SCHEMA = 1
 SHARD_BYTES = 5_000_000_000
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+QUANTISED_BITS, QUANTISED_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 ALL_ONES = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # exponent bits of infinity and NaN
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """How a matrix (n, m) is stored in few bits, as MLX does: beside its words (n, m bits / 32) a scale and bias per group."""
+
+    scales: Entry
+    biases: Entry
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
 class ModelFolder:
-    """An opened folder: `weights` holds the entries that the model reads, in the spec's order (empty if not asked for)."""
+    """An opened folder: `weights` holds the entries that the model reads, in the spec's order (empty if not asked for).
+
+    Of a matrix named in `quantised` the entry holds the packed words; only MLX computes with them.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -64,6 +78,7 @@ class ModelFolder:
     weights: dict[str, Entry] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()  # what had to be inferred of a published model
+    quantised: dict[str, Quantised] = field(default_factory=dict)
 
     @property
     def stage(self) -> int | None:
@@ -74,14 +89,14 @@ class ModelFolder:
     def dtype(self) -> str:
         """The dtype that most bytes of the weights have, in safetensors' spelling."""
         sizes = Counter[str]()
-        for entry in self.weights.values():
-            sizes[entry.dtype] += entry.nbytes
+        for name, entry in self.weights.items():
+            sizes[self.floats(name, entry)[0].dtype] += entry.nbytes
         return sizes.most_common(1)[0][0] if sizes else "F32"
 
     def check_finite(self, allow: bool = False) -> list[str]:
         """Names of the tensors that hold NaN or infinity; R207 if the model reads one, unless `allow` is set."""
         rows = self.spec.tensors()
-        bad = [name for name, entry in self.weights.items() if not is_finite(entry)]
+        bad = [name for name, entry in self.weights.items() if not all(map(is_finite, self.floats(name, entry)))]
         read = [name for name in bad if rows[name].read]
         if read and not allow:
             why = f"{len(read)} tensors hold NaN or infinity: {listed(read)}"
@@ -89,6 +104,12 @@ class ModelFolder:
         if bad:
             logging.getLogger(__name__).warning("%s: NaN or infinity in %s", self.path, listed(bad))
         return bad
+
+
+    def floats(self, name: str, entry: Entry) -> tuple[Entry, ...]:
+        """The stored floats of a tensor: its own, or the scales and biases of a quantised one."""
+        few = self.quantised.get(name)
+        return (entry,) if few is None else (few.scales, few.biases)
 
 
 def is_finite(entry: Entry) -> bool:
@@ -128,7 +149,35 @@ def open_folder(
         raise fail("R204", where=path / CONFIG, why=str(error), fix="Get the file again from its source") from None
     manifest = read_manifest(path, spec)
     kept = {name: entry for name, entry in stored.items() if name not in found.ignored}
-    return ModelFolder(path, config, spec, fitting(path, spec, rows, kept) if weights else {}, manifest, found.notices)
+    quantised = quantised_entries(path, config, kept)
+    fitted = fitting(path, spec, rows, kept, quantised) if weights else {}
+    return ModelFolder(path, config, spec, fitted, manifest, found.notices, quantised)
+
+
+def quantised_entries(path: Path, config: Mapping[str, Any], stored: dict[str, Entry]) -> dict[str, Quantised]:
+    """The quantised matrices of an MLX folder by name; their scales and biases are taken out of `stored`. R203, R205."""
+    settings = config.get("quantization") or config.get("quantization_config")
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or settings.get("mode", "affine") != "affine":
+        raise fail("R205", where=path / CONFIG, why="the quantisation is not MLX's affine one", fix="Use the unquantised model")
+    found = {}
+    for name in [name for name, entry in stored.items() if entry.dtype == "U32" and name.endswith(".weight")]:
+        stem = name.removesuffix(".weight")
+        own = settings[stem] if isinstance(settings.get(stem), dict) else settings
+        bits, group = own.get("bits"), own.get("group_size")
+        if bits not in QUANTISED_BITS or group not in QUANTISED_GROUPS:
+            why = f"{stem} has {bits!r} bits in groups of {group!r}; bits are {QUANTISED_BITS}, groups {QUANTISED_GROUPS}"
+            raise fail("R205", where=path / CONFIG, why=why, fix="Use the unquantised model")
+        scales, biases, words = stored.pop(f"{stem}.scales", None), stored.pop(f"{stem}.biases", None), stored[name]
+        shape = (*words.shape[:-1], words.shape[-1] * 32 // bits // group) if words.shape else ()
+        if scales is None or biases is None or scales.shape != shape or biases.shape != shape:
+            why = f"the words, scales and biases of {stem} do not fit together at {bits} bits in groups of {group}"
+            raise fail("R203", where=path, why=why, fix="Quantise the model again")
+        if scales.dtype not in FLOATS or biases.dtype != scales.dtype:
+            raise fail("R203", where=path, why=f"the scales or biases of {stem} are no floats", fix="Quantise the model again")
+        found[name] = Quantised(scales, biases, bits, group)
+    return found
 
 
 def placed(where: str, path: Path, config: Path) -> str:
@@ -169,7 +218,9 @@ def check_manifest(manifest: object, spec: ModelSpec, where: object) -> None:
             raise fail("R204", where=where, why=f"{name} is of the wrong kind", fix="Make the folder again")
 
 
-def fitting(path: Path, spec: ModelSpec, rows: Mapping[str, Row], stored: dict[str, Entry]) -> dict[str, Entry]:
+def fitting(
+    path: Path, spec: ModelSpec, rows: Mapping[str, Row], stored: dict[str, Entry], quantised: Mapping[str, Quantised]
+) -> dict[str, Entry]:
     """The entries of the spec's tensors in its order; R203 names all that are missing, unknown or of another shape."""
     stored = {name: entry for name, entry in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -178,9 +229,11 @@ def fitting(path: Path, spec: ModelSpec, rows: Mapping[str, Row], stored: dict[s
     faults = [f"{name} is missing" for name in rows if name not in stored]
     faults += [f"{name} is unknown" for name in stored if name not in rows]
     for name, entry in stored.items():
-        if name in rows and entry.shape != rows[name].shape:
-            faults.append(f"{name} is {list(entry.shape)}, the config needs {list(rows[name].shape)}")
-        elif entry.dtype not in FLOATS:
+        few = quantised.get(name)
+        shape = entry.shape if few is None else (*entry.shape[:-1], entry.shape[-1] * 32 // few.bits)
+        if name in rows and shape != rows[name].shape:
+            faults.append(f"{name} is {list(shape)}, the config needs {list(rows[name].shape)}")
+        elif few is None and entry.dtype not in FLOATS:
             faults.append(f"{name} is {entry.dtype}, not one of {', '.join(FLOATS)}")
     if {"F16", "BF16"} <= {entry.dtype for entry in stored.values()}:
         faults.append("F16 and BF16 are mixed, as if the shards came from two models")
@@ -280,7 +333,7 @@ def inherited(source: ModelFolder) -> list[Path]:
 def code_keys(source: ModelFolder, copied: list[Path]) -> dict[str, Any]:
     """The config keys by which transformers and mlx-lm find model code, where that code comes along in `copied`."""
     names = {file.name for file in copied}
-    found = {}
+    found: dict[str, Any] = {}
     if isinstance(file := source.config.get("model_file"), str) and file in names:
         found["model_file"] = file
     classes = source.config.get("auto_map")

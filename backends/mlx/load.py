@@ -1,6 +1,10 @@
 """A model folder to a Model: every tensor goes through the checked header of radlads.tensors."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from radlads.backends.mlx.model import Model, ModelArgs
 from radlads.errors import fail
@@ -18,15 +22,33 @@ def load_model(folder: ModelFolder, dtype: str | None = None) -> Model:
     if dtype is not None and dtype not in MLX_DTYPES:
         raise fail("R101", where="dtype", why=f"{dtype!r} is none of {', '.join(MLX_DTYPES)}", fix="Choose one of these")
     model = Model(ModelArgs(radlads=folder.spec.to_dict()))
+    if folder.quantised:
+        nn.quantize(model, class_predicate=lambda path, _: few_bits(folder, f"{path}.weight"))
     weights = []
-    for name in folder.spec.tensors():
-        x = read_array(folder.weights[name])
-        x = x if dtype is None else x.astype(MLX_DTYPES[dtype])
+    for name, entry in stored_arrays(folder):
+        x = read_array(entry)
+        x = x if dtype is None or entry.dtype == "U32" else x.astype(MLX_DTYPES[dtype])
         mx.eval(x)  # one tensor at a time: the raw and the cast copy of a whole model need not fit together
         weights.append((name, x))
     model.load_weights(weights, strict=True)
     model.eval()
     return model
+
+
+def few_bits(folder: ModelFolder, name: str) -> dict[str, Any] | bool:
+    """How the matrix `name` is quantised, False where it is not."""
+    few = folder.quantised.get(name)
+    return False if few is None else {"bits": few.bits, "group_size": few.group_size, "mode": "affine"}
+
+
+def stored_arrays(folder: ModelFolder) -> Iterator[tuple[str, Entry]]:
+    """Every stored tensor by the name that MLX's modules give it."""
+    for name in folder.spec.tensors():
+        yield name, folder.weights[name]
+        if name in folder.quantised:
+            stem = name.removesuffix(".weight")
+            yield f"{stem}.scales", folder.quantised[name].scales
+            yield f"{stem}.biases", folder.quantised[name].biases
 
 
 def read_array(entry: Entry) -> mx.array:

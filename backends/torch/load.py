@@ -32,7 +32,8 @@ def read_tensor(entry: Entry, rows: slice | None = None) -> torch.Tensor:
     """A stored tensor, or some rows of it, with its own dtype, in memory of its own: the file may change or vanish later."""
     if entry.dtype not in STORED:
         why = f"dtype {entry.dtype} is no float weight"
-        raise fail("R202", where=f"{entry.path}: {entry.name}", why=why, fix="Dequantise the model")
+        fix = "Dequantise it with `radlads convert --to hf`, or use `--backend mlx`"
+        raise fail("R202", where=f"{entry.path}: {entry.name}", why=why, fix=fix)
     raw = read_raw(entry)
     return torch.from_numpy(np.array(raw if rows is None else raw[rows])).view(STORED[entry.dtype])
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from radlads.folder import open_folder, save_folder
@@ -163,3 +163,24 @@ def test_server_answers_two_chats_at_once(folder, run, monkeypatch):
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
         assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=6).startswith(answer)
     assert len(answers) == 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_folder_opens_here_as_in_stock_mlx_lm(folder, tmp_path, bits):
+    from radlads.backends import open_engine
+    from radlads.errors import RadladsError
+    from radlads.folder import open_folder
+    from radlads.states import model_fingerprint
+
+    mlx_lm.convert(str(folder), str(tmp_path / "q"), quantize=True, q_bits=bits, q_group_size=32, trust_remote_code=True)
+    opened = open_folder(tmp_path / "q")
+    assert opened.quantised and opened.dtype in ("F32", "BF16") and opened.check_finite() == []
+    engine, (stock, _) = open_engine(opened, "mlx", dtype="float32"), load(tmp_path / "q")
+    stock.update(tree_map(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, stock.parameters()))
+    ids = list(range(5, 30))
+    found, _ = engine.feed(engine.start(), ids)
+    wanted = np.array(stock(mx.array([ids]))[0, -1])
+    assert np.abs(found - wanted).max() <= 1e-5
+    assert model_fingerprint(opened) != model_fingerprint(open_folder(folder))
+    with pytest.raises(RadladsError, match="radlads convert --to hf"):
+        open_engine(opened, "torch")
