@@ -56,7 +56,16 @@ def verify(options: VerifyOptions) -> VerifyResult:
     from radlads.errors import RadladsError, fail
     from radlads.files import write_file
     from radlads.folder import MANIFEST
-    from radlads.verify import Check, check_files, check_provenance, check_tokenizer, is_writable, junit, write_verdict
+    from radlads.verify import (
+        Check,
+        check_files,
+        check_model_code,
+        check_provenance,
+        check_tokenizer,
+        is_writable,
+        junit,
+        write_verdict,
+    )
 
     path = Path(options.model)
     if options.max_kl is not None and options.against is None:
@@ -69,6 +78,8 @@ def verify(options: VerifyOptions) -> VerifyResult:
         tokenizer = open_tokenizer(folder)
         checks.append(check_provenance(folder) if ours else Check("provenance", "skipped", f"there is no {MANIFEST}"))
         checks.append(check_tokenizer(folder, tokenizer))
+        if ours and folder.spec.recurrent is not None:
+            checks.append(check_model_code(folder))
         if not options.files_only:
             compute = computed_checks if folder.weights else quantised_checks
             checks += compute(options, folder, tokenizer)

@@ -106,6 +106,19 @@ def check_provenance(folder: ModelFolder) -> Check:
     return judged("provenance", faults, seen)
 
 
+def check_model_code(folder: ModelFolder) -> Check:
+    """A student's config names the files of its own by which stock transformers and mlx-lm load it."""
+    config, faults = folder.config, []
+    classes = config.get("auto_map")
+    named = {"model_file": [config.get("model_file")], "auto_map": [*classes.values()] if isinstance(classes, dict) else [None]}
+    for key, values in named.items():
+        modules = [value if key == "model_file" else str(value).partition(".")[0] + ".py" for value in values]
+        missing = [name for name in modules if not isinstance(name, str) or not (folder.path / Path(name).name).is_file()]
+        if not values[0] or missing:
+            faults.append(f"{key} of config.json leads to no file of the folder")
+    return judged("model code", faults, "stock transformers and mlx-lm find the folder's own files")
+
+
 def check_tokenizer(folder: ModelFolder, tokenizer: Tokenizer | None) -> Check:
     """The tokenizer's files are the teacher's, byte for byte, and it takes a text apart and puts it together again."""
     if tokenizer is None:

@@ -59,13 +59,13 @@ def test_a_sound_folder_passes_on_every_backend(radlads, student, tmp_path):
     outcome = radlads("verify", student, "--json", "--junit", tmp_path / "v.xml")
     checks = checks_of(outcome)
     assert outcome.status == 0 and json.loads(outcome.out)["passed"] and outcome.err == ""
-    assert {check["status"] for check in checks.values()} == {"passed"} and len(checks) == 11
+    assert {check["status"] for check in checks.values()} == {"passed"} and len(checks) == 12
     for backend in ("torch", "mlx"):
         for name in ("against oracle", "chunked against recurrent", "split prefill"):
             assert 0 < checks[f"{backend} {name}"]["value"] < 1e-5 < checks[f"{backend} {name}"]["limit"] == 1e-4
     assert 0 < checks["torch against mlx"]["value"] < 1e-5
     suite = ElementTree.parse(tmp_path / "v.xml").getroot()
-    assert suite.get("tests") == "11" and suite.get("failures") == "0" and len(suite) == 11
+    assert suite.get("tests") == "12" and suite.get("failures") == "0" and len(suite) == 12
     verdict = json.loads((student / "verify.json").read_text())
     assert verdict["passed"] and verdict["manifest"] == verify.sha256(student / "radlads.json")
 
@@ -94,6 +94,14 @@ def edited(path: Path, key: str, change: Callable[[Any], object]) -> None:
     values = json.loads((path / "radlads.json").read_text())
     change(values[key])
     manifest(path, **{key: values[key]})
+
+
+def unnamed_code(path: Path) -> None:
+    """The hashes are right, and yet no stock library would find the model's code."""
+    config = json.loads((path / "config.json").read_text())
+    del config["model_file"]
+    (path / "config.json").write_text(json.dumps(config))
+    edited(path, "files", lambda files: files.update({"config.json": verify.sha256(path / "config.json")}))
 
 
 TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -127,6 +135,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "hash removed": (lambda path: edited(path, "files", lambda files: files.pop("config.json")), "files"),
     "hash of a file elsewhere": (lambda path: edited(path, "files", lambda files: files.update({"../x": "0" * 64})), "files"),
     "all hashes removed": (lambda path: manifest(path, files=None), "files"),
+    "model code not named": (unnamed_code, "model code"),
     "history removed": (lambda path: manifest(path, history=None), "provenance"),
     "history of another stage": (lambda path: manifest(path, history=[{"stage": 2, "kind": "distill"}]), "provenance"),
     "stage raised": (lambda path: manifest(path, stage=3), "provenance"),
