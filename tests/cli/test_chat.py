@@ -122,6 +122,8 @@ def test_real_ctrl_c_twice_exits_with_130(teacher):
         [sys.executable, "-c", code, "chat", str(teacher)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Where this runs as a background job, SIGINT is ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     process.stdin.write("/tokens\n")
     process.stdin.flush()
