@@ -201,6 +201,7 @@ def test_compiles_for_every_target(name: str, record_property: pytest.FixtureReq
 
 @pytest.mark.parametrize("module", [wkv6_module.wkv6_has_hopper, wkv7_module.wkv7_has_hopper])
 def test_hopper_kernels_serve_bfloat16_on_hopper_only(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wkv6_module, "WKV6_HOPPER_HEADS", (128,))
     x = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
     for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)

@@ -94,13 +94,15 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
     }
 
 
-def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
-    """Whether the Gluon kernel serves these inputs; the portable one serves all.
+# Head sizes whose Gluon gradient a card has confirmed in its present form. An earlier form was right at 96 and 128 and wrong
+# in d(log_w) at 64; after the repair no card has run it, so every head size keeps the portable kernel.
+WKV6_HOPPER_HEADS: tuple[int, ...] = ()
 
-    Heads up to 64 are left out: there its decay gradient was once measured wrong, and the repair has not been on a card yet.
-    """
+
+def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
+    """Whether the Gluon kernel serves these inputs; the portable one serves all."""
     half = q.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16
-    return (half and q.shape[-1] > 64 and HAS_GLUON and torch.version.hip is None
+    return (half and q.shape[-1] in WKV6_HOPPER_HEADS and HAS_GLUON and torch.version.hip is None
             and torch.cuda.get_device_capability(q.device)[0] == 9)
 
 
