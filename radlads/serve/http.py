@@ -26,7 +26,7 @@ Asked = TypeVar("Asked", bound=Wanted)
 
 BODY_LIMIT = 8 << 20
 HEALTH_SECONDS = 10.0
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,16 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
 
 def check_door(request: Request, settings: Settings) -> None:
     """Host, origin, key, content type and length, before a byte of the body is read. Raises Refusal."""
-    host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-    host = host if not host.endswith("]:") else host[:-1]
+    given = request.headers.get("host", "")
+    host = given if given.endswith("]") else given.rpartition(":")[0] or given  # without the port
     if host.lower() not in (*LOCAL_HOSTS, *settings.hosts):
         raise Refusal(403, "this host name is not served; the server's --host allows it")
     origin = request.headers.get("origin")
-    own = {f"http://{request.headers.get('host')}", f"https://{request.headers.get('host')}"}
+    own = {f"http://{given}", f"https://{given}"}
     if origin is not None and origin not in (*own, *settings.origins):
         raise Refusal(403, "this origin is not allowed; the server's --allowed-origin allows it")
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    if settings.key is not None and request.url.path != "/" and not hmac.compare_digest(given, settings.key.encode()):
+    key = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    if settings.key is not None and request.url.path != "/" and not hmac.compare_digest(key, settings.key.encode()):
         raise Refusal(401, "the API key is missing or wrong", kind="authentication_error")
     if request.method == "POST":
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":

@@ -109,8 +109,10 @@ def test_bodies_that_are_no_request(door: str) -> None:
             assert reply.status_code == 400 and "Traceback" not in reply.text, body[:20]
         assert http.post("/v1/chat/completions", json={**ASK, "max_tokens": 2**63}).status_code == 200
         assert http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
-        for name, value in (("host", "evil.example"), ("origin", "http://evil.example")):
+        for name, value in (("host", "evil.example"), ("host", "evil.example:80"), ("origin", "http://evil.example")):
             assert http.post("/v1/chat/completions", json=ASK, headers={name: value}).status_code == 403
+        for host in ("localhost", "localhost:1234", "[::1]", "[::1]:1234", "LOCALHOST"):
+            assert http.get("/v1/models", headers={"host": host}).status_code == 200
         assert http.get("/docs").status_code == 404
     alive(door)
 
