@@ -113,3 +113,13 @@ print("WROTE", out.shape[1] > 4)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "WROTE True" in done.stdout, done.stderr
+
+
+def test_loading_a_folder_leaves_the_package_its_operators(stock: torch.nn.Module) -> None:
+    from radlads.backends.torch.kernels import wkv6, wkv7
+
+    shipped = sys.modules[type(stock).__module__]
+    for module, name in ((wkv6, "wkv6_forward"), (wkv7, "wkv7_forward")):
+        ours, theirs = getattr(module, f"{name}_op"), getattr(shipped, f"{name}_op")
+        assert ours._opoverload.name() == f"radlads::{name}"
+        assert theirs._opoverload.name().startswith("radlads_") and theirs._opoverload is not ours._opoverload

@@ -3,6 +3,11 @@
 The only guarded import of the package: kernel modules import `triton`, `tl`, `HAS_TRITON` and `HAS_GLUON` from here.
 """
 from importlib.util import find_spec
+from uuid import uuid4
+
+# Where the operators of the kernels are registered. A shipped model file has its own place each time it is loaded: PyTorch
+# lets a name be registered again, and then the operators that others hold under it point to freed memory.
+OPERATOR_NAMESPACE = "radlads" if __name__.startswith("radlads.") else f"radlads_{uuid4().hex[:8]}"
 
 try:
     import triton

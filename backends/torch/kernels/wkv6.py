@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
-from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, triton
+from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, OPERATOR_NAMESPACE, triton
 from radlads.backends.torch.kernels.wkv6_plain import wkv6_plain
 from radlads.backends.torch.kernels.wkv6_triton import (
     wkv6_grad_kernel,
@@ -116,7 +116,7 @@ def wkv6_pairs(q: Tensor, log_w: Tensor, k: Tensor, scale: float, plan: dict[str
     return pairs
 
 
-@torch.library.custom_op("radlads::wkv6_forward", mutates_args=())
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::wkv6_forward", mutates_args=())
 def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor | None, cu_seqlens: Tensor | None,
                     scale: float, min_log_w: float | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out, final state, state before each chunk); the last is empty unless `save`."""
@@ -145,7 +145,7 @@ def wkv6_forward_fake(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Ten
             q.new_empty((chunks, H, N, N) if save else 0))
 
 
-@torch.library.custom_op("radlads::wkv6_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::wkv6_backward", mutates_args=())
 def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_w: Tensor,
                      checkpoint: Tensor, cu_seqlens: Tensor | None, scale: float, min_log_w: float | None,
                      need_state: bool

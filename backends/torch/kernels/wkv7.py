@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
-from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, triton
+from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, OPERATOR_NAMESPACE, triton
 from radlads.backends.torch.kernels.wkv7_centred import (
     wkv7_centred_grad_kernel,
     wkv7_centred_solve_kernel,
@@ -132,7 +132,7 @@ def wkv7_solve(r: Tensor, log_w: Tensor, k: Tensor, a: Tensor, b: Tensor, scale:
     return solve, a_rb, *pairs, *sides, whole
 
 
-@torch.library.custom_op("radlads::wkv7_forward", mutates_args=())
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::wkv7_forward", mutates_args=())
 def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                     cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
                     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -167,7 +167,7 @@ def wkv7_forward_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
             r.new_empty(pairs), r.new_empty(pairs))
 
 
-@torch.library.custom_op("radlads::wkv7_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::wkv7_backward", mutates_args=())
 def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
                      b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
                      scale: float, min_log_w: float | None, need_state: bool
