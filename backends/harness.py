@@ -27,7 +27,7 @@ REPORT_EVERY = 64
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
-    """What the harness asks of a model. A context too long for the model loses its beginning, as the harness does it."""
+    """What the harness asks of a model."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, progress: Progress) -> None:
         super().__init__()

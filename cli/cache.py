@@ -8,8 +8,8 @@ from radlads.cli.generate import prompt_text
 from radlads.cli.options import ModelOptions, opt
 from radlads.errors import fail
 
-# Tokens between two looks at the clock, and seconds between two lines of progress.
-STEP, REPORT_SECONDS = 4096, 10.0
+# Tokens between two looks at the clock.
+STEP = 4096
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class CacheResult:
 
 def cache(options: CacheOptions) -> CacheResult:
     """Read a prompt and write the model's state after it."""
-    from radlads.cli.render import duration, note
+    from radlads.cli.render import progress_lines
     from radlads.data.chat import script_of
     from radlads.session import Context
     from radlads.states import model_fingerprint, save_state
@@ -55,13 +55,10 @@ def cache(options: CacheOptions) -> CacheResult:
     ids = tokenizer.encode(opening + text, add_special=not templated)
     if not ids:
         raise fail("R101", where="prompt", why="it is empty", fix="Give some text")
-    context, began, shown = Context(engine), time.perf_counter(), time.perf_counter()
+    context, began, report = Context(engine), time.perf_counter(), progress_lines("reading")
     for end in range(STEP, len(ids), STEP):
         context.reach(ids[:end])
-        if time.perf_counter() - shown >= REPORT_SECONDS:
-            shown = time.perf_counter()
-            left = (shown - began) / end * (len(ids) - end)
-            note(f"{end:,} of {len(ids):,} tokens, {end / (shown - began):,.0f} tok/s, {duration(left)} left")
+        report(end, len(ids))
     point, _ = context.reach(ids)
     seconds = time.perf_counter() - began
     follows = "question" if templated else "text"

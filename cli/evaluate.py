@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from radlads.cli.options import ModelOptions, opt
-from radlads.cli.render import Table, note
+from radlads.cli.render import Table, progress_lines
 from radlads.errors import fail
 
 if TYPE_CHECKING:
     from radlads.cli.options import OpenModel
     from radlads.evals.statistics import Array
-
-LOCAL = ("lambada", "blimp", "bits", "recall", "kl")
-REPORT_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -118,7 +115,9 @@ def evaluate(options: EvalOptions) -> EvalResult:
     # The harness's bars would run into our lines; the variable is read when tqdm is imported, and torch imports it.
     os.environ.setdefault("TQDM_DISABLE", "1")
     student = options.open()
-    teacher = None if options.against is None else OtherModel(options, options.against).open()
+    teacher = None
+    if options.against is not None:
+        teacher = ModelOptions(model=options.against, backend=options.backend, dtype=options.dtype).open()
     result = EvalResult(
         options.model, options.against, student.engine.name, student.engine.device, options.seed, options.draws
     )
@@ -146,13 +145,6 @@ def evaluate(options: EvalOptions) -> EvalResult:
     if options.min_relative is not None and any(share < options.min_relative for share in kept):
         result.exit_status = 3
     return result
-
-
-class OtherModel(ModelOptions):
-    """The teacher, opened the same way."""
-
-    def __init__(self, options: EvalOptions, path: str) -> None:
-        super().__init__(model=path, backend=options.backend, dtype=options.dtype)
 
 
 def check(options: EvalOptions) -> None:
@@ -213,7 +205,7 @@ def harness_tasks(model: "OpenModel", options: EvalOptions, names: list[str], ti
         raise fail("R104", where="radlads eval", why=why, fix="Run `pip install 'radlads[eval]'`") from None
     asked = [LOCAL_CONFIGS[name](items[name]) if name in items else name for name in names]
     found = []
-    for scores in run_tasks(model.engine, model.tokenizer, asked, options.limit, ticker(title)):
+    for scores in run_tasks(model.engine, model.tokenizer, asked, options.limit, progress_lines(title)):
         chance = LOCAL_TASKS[scores.task].chance if scores.task in LOCAL_TASKS else None
         for metric, values in scores.items.items():
             if metric == "perplexity":  # the harness keeps the log-likelihood of each item
@@ -231,7 +223,7 @@ def bits(model: "OpenModel", options: EvalOptions, title: str) -> Measured:
     from radlads.evals.statistics import ratio
 
     assert options.text is not None
-    shown = ticker(title)
+    shown = progress_lines(title)
     parts = list(windows(Path(options.text), model.tokenizer, options.window))[: options.limit]
     if not parts:
         raise fail("R302", where=options.text, why="it holds no text", fix="Give another file with `--text`")
@@ -251,20 +243,6 @@ def quotient(statistic: "Callable[..., Array]", count: int) -> "Callable[..., Ar
         return statistic(*means[:count]) / statistic(*means[count:])
 
     return share
-
-
-def ticker(title: str) -> Callable[[int, int], None]:
-    """A line of progress now and then."""
-    import time
-
-    last = [time.monotonic()]
-
-    def show(done: int, total: int) -> None:
-        if time.monotonic() - last[0] >= REPORT_SECONDS and done < total:
-            last[0] = time.monotonic()
-            note(f"{title}: {done:,} of {total:,}")
-
-    return show
 
 
 def add_distance(result: EvalResult, student: "OpenModel", teacher: "OpenModel", options: EvalOptions) -> None:
