@@ -1,7 +1,7 @@
 """`radlads plan`: memory, time and price of a recipe before the first GPU second, and what to change where it does not fit."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from radlads.cli.options import arg, opt
@@ -127,7 +127,9 @@ def models_of(options: PlanOptions) -> "tuple[Recipe, ModelSpec | None, ModelSpe
         return recipe, None, recipe.init_spec()
     teacher = teacher_spec(recipe.teacher or "")
     assert recipe.student is not None
-    return recipe, teacher, teacher.as_student(recipe.student.arch, recipe.student.keep_softmax, **recipe.student.options)
+    wanted = recipe.student
+    student = teacher.as_student(wanted.arch, wanted.keep_softmax, ranks=wanted.ranks, **wanted.options)
+    return recipe, teacher, replace(student, tie_embeddings=student.tie_embeddings and wanted.head != "untied")
 
 
 def teacher_spec(name: str) -> "ModelSpec":

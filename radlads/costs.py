@@ -5,7 +5,7 @@ as `Mixer.scan_flops` counts it; nothing that is computed twice counts twice, bu
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -366,12 +366,19 @@ def time_stage(
     )  # fmt: skip
 
 
+def as_trained(recipe: Recipe, stage: Stage, student: ModelSpec) -> ModelSpec:
+    """The student of a stage: one with tied heads may have a head of its own there."""
+    return replace(student, tie_embeddings=student.tie_embeddings and not recipe.unties(stage))
+
+
 def plan_run(
     recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu, efficiency: float | None = None
 ) -> Plan:
     """The plan of all stages of a recipe."""
+    how, precision = recipe.parallel, recipe.precision
     stages = tuple(
-        plan_stage(stage, teacher, student, recipe.parallel, gpus, gpu, recipe.precision, efficiency) for stage in recipe.stages
+        plan_stage(stage, teacher, as_trained(recipe, stage, student), how, gpus, gpu, precision, efficiency)
+        for stage in recipe.stages
     )
     return Plan(gpu, gpus, student.parameters(), stages)
 

@@ -81,15 +81,15 @@ class Student(Part):
     """The recurrent mixer that replaces attention; `options` are fields of MixerOptions.
 
     `ranks` are widths of low-rank pairs, where they are not to follow the mixer's rule. `transfer_scale` multiplies the
-    teacher's q, k, v and o in the converted layers. `head` of a teacher whose head is its embedding: "tied" stays so,
-    "untied" gives the student a head of its own, "retied" does so in step 2 alone and drops it at the end.
+    teacher's q, k, v and o in the converted layers. `head` of a teacher whose head is its embedding: "retied" gives the student a
+    head of its own in step 2 alone and drops it at the end, "tied" never does, "untied" does so for good.
     """
 
     arch: str = "rwkv7"
     keep_softmax: tuple[Annotated[Whole, Field(ge=0)], ...] = ()
     ranks: dict[str, Annotated[Whole, Field(gt=0, lt=2**16)]] = Field(default_factory=dict)
     transfer_scale: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    head: Literal["tied", "untied", "retied"] = "tied"
+    head: Literal["tied", "untied", "retied"] = "retied"
     options: Annotated[dict[str, Any], AfterValidator(known_fields(MixerOptions))] = Field(default_factory=dict)
 
     @field_validator("arch")
@@ -334,6 +334,10 @@ class Recipe(Part):
     def init_spec(self) -> ModelSpec:
         """ModelSpec of the new teacher that `init` describes."""
         return ModelSpec(**(self.init or {}))
+
+    def unties(self, stage: Stage) -> bool:
+        """Whether a student whose head is its embedding has a head of its own in this stage only."""
+        return stage.kind == "distill" and self.student is not None and self.student.head == "retied"
 
     def values(self) -> dict[str, Any]:
         """All resolved values as plain JSON values."""

@@ -93,11 +93,6 @@ class RecipeRun:
         return made[0]
 
     @property
-    def retied(self) -> bool:
-        """Whether a tied model gets a head of its own for step 2, which is dropped at the end."""
-        return self.recipe.student is not None and self.recipe.student.head == "retied"
-
-    @property
     def samples(self) -> torch.Tensor:
         """Held-out samples (n, T + 1), the same for every measurement."""
         wanted = self.recipe.eval
@@ -158,7 +153,7 @@ class RecipeRun:
         if world.share(folder.exists()):
             return folder
         teacher = self.teacher if stage.kind != "lm" else None
-        own_head = stage.kind == "distill" and self.retied and source.spec.tie_embeddings
+        own_head = self.recipe.unties(stage) and source.spec.tie_embeddings
         task = build_task(stage, source, teacher, self.ways[stage.kind], world, self.recipe.precision, own_head)
         began = time.perf_counter()
         if world.device.type == "cuda":
@@ -184,7 +179,9 @@ class RecipeRun:
         record |= {"device": torch.cuda.get_device_name() if peak else "cpu", "peak_gib": round(peak / 2**30, 3)}
         if self.gpu is not None:
             way, precision = self.ways[stage.kind], self.recipe.precision
-            plan = costs.plan_stage(stage, *self.specs, way, self.world.size, self.gpu, precision)
+            teacher, student = self.specs
+            student = costs.as_trained(self.recipe, stage, student)
+            plan = costs.plan_stage(stage, teacher, student, way, self.world.size, self.gpu, precision)
             record |= {"planned_seconds": round(plan.seconds, 3), "planned_peak_gib": round(plan.peak_gib, 3)}
         self.run.log(record)
 

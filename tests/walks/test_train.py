@@ -145,9 +145,8 @@ def test_every_stage_loads_in_stock_transformers_and_mlx_lm(finished: Path) -> N
 
 
 def test_a_tied_teacher_lends_its_student_a_head_for_step_2(place: Path) -> None:
-    """`student.head: retied`: the student is tied before and after, and trained with a head of its own in between."""
-    few = [f"--set=stages.{i}.tokens=320" for i in range(3)]
-    few += ["--set=student.head=retied", "--json"]
+    """`student.head: retied`, the default: the student is tied before and after, with a head of its own in between."""
+    few = [*(f"--set=stages.{i}.tokens=320" for i in range(3)), "--json"]
     process = radlads("train", "tiny", "--teacher", "teacher", "--output-dir", "retied", *SMALL, *few, cwd=place)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
