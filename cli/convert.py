@@ -16,7 +16,7 @@ class ConvertOptions:
     to: Literal["hf", "mlx", "pth", "gguf"] = opt("hf", "Format to write.", "--to")
     dtype: Literal["float32", "bfloat16", "float16"] | None = opt(None, "Type of the weights, instead of their own.")
     quantize: bool = opt(False, "Quantise for MLX (affine).", "--quantize", "-q")
-    q_bits: int = opt(4, "Bits of a quantised weight: 4 or 8.")
+    q_bits: int = opt(4, "Bits of a quantised weight: 2, 3, 4, 5, 6 or 8.")
     q_group_size: int = opt(64, "Weights that share a scale: 32, 64 or 128.")
     config: str | None = opt(None, "config.json or the teacher's folder, for a .pth without one.", metavar="DIR_OR_JSON")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7, where its tensors cannot tell.")

@@ -81,7 +81,7 @@ def verify(options: VerifyOptions) -> VerifyResult:
         if ours and folder.spec.recurrent is not None:
             checks.append(check_model_code(folder))
         if not options.files_only:
-            compute = computed_checks if folder.weights else quantised_checks
+            compute = quantised_checks if folder.quantised else computed_checks
             checks += compute(options, folder, tokenizer)
     except RadladsError as error:
         # What breaks a folder of ours is a finding; what never was one is bad input.
@@ -102,12 +102,10 @@ def open_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest as a table, None where there is none; R201, R204."""
     from radlads.errors import fail
     from radlads.files import read_json
-    from radlads.folder import MANIFEST
+    from radlads.folder import MANIFEST, check_folder
     from radlads.tensors import contained
 
-    if not path.is_dir():
-        why = "it is no folder" if path.exists() else "there is no such folder"
-        raise fail("R201", where=path, why=why, fix="Give the folder of a model")
+    check_folder(path)
     if not (path / MANIFEST).exists():
         return None
     manifest = read_json(contained(path, MANIFEST))
@@ -117,20 +115,13 @@ def open_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def open_any(path: Path) -> tuple["ModelFolder", str]:
-    """The checked folder and a word about its weights; without entries where they are quantised. R2xx."""
-    from radlads.files import read_json
-    from radlads.folder import CONFIG, ModelFolder, open_folder
-    from radlads.tensors import contained
-    from radlads.weights_tools.formats import open_source
+    """The checked folder and a word about its weights. R2xx."""
+    from radlads.folder import open_folder
 
-    config = read_json(contained(path, CONFIG))
-    if isinstance(config, dict) and config.get("quantization"):
-        source = open_source(path)
-        folder = ModelFolder(path, source.config, source.spec, {}, source.manifest)
-        return folder, f"{len(source.stored)} quantised tensors fit the config: {source.layout}"
     folder = open_folder(path)
     folder.check_finite()
-    return folder, f"{len(folder.weights)} tensors fit the config and are finite"
+    few = f", {len(folder.quantised)} of them quantised," if folder.quantised else ""
+    return folder, f"{len(folder.weights)} tensors{few} fit the config and are finite"
 
 
 def open_tokenizer(folder: "ModelFolder") -> "Tokenizer | None":
@@ -166,18 +157,23 @@ def computed_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "T
 
 
 def quantised_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "Tokenizer | None") -> list["Check"]:
-    """What quantisation costs: the predictions of the dequantised weights and of --against, both by the oracle."""
-    from radlads.verify import ORACLE_PARAMETERS, QUANTISED_KL, Check, loss_check, sample_tokens
+    """What MLX computes of the words, and what quantisation costs: the predictions of the dequantised weights and of --against,
+    both by the oracle."""
+    from radlads.backends import available_backends, open_engine
+    from radlads.verify import ORACLE_PARAMETERS, QUANTISED_KL, Check, compute, engine_checks, loss_check, sample_tokens
 
+    tokens = sample_tokens(folder, tokenizer)
+    names = [name for name in available_backends() if name == "mlx" and options.backend in ("all", name)]
+    computed = {name: compute(open_engine(folder, name, options.dtype), tokens) for name in names}
+    checks = engine_checks(computed, None, "the weights are quantised: see loss", options.dtype)
     parameters = folder.spec.parameters()
     if options.against is None:
-        return [Check("loss", "skipped", "give the unquantised model with --against DIR")]
+        return [*checks, Check("loss", "skipped", "give the unquantised model with --against DIR")]
     if parameters > ORACLE_PARAMETERS:
-        return [Check("loss", "skipped", f"{parameters:,} parameters are too many for float64")]
-    tokens = sample_tokens(folder, tokenizer)
+        return [*checks, Check("loss", "skipped", f"{parameters:,} parameters are too many for float64")]
     ours, theirs = (oracle_of(path, tokens) for path in (str(folder.path), options.against))
     limit = QUANTISED_KL if options.max_kl is None else options.max_kl
-    return [loss_check(ours, theirs, tokens, limit)]
+    return [*checks, loss_check(ours, theirs, tokens, limit)]
 
 
 def oracle_of(path: str, tokens: list[int]) -> Any:

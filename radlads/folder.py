@@ -22,11 +22,13 @@ from radlads.families import write_config
 from radlads.families.published import is_published, spec_of
 from radlads.files import check_space, new_folder, read_json, sha256, write_file
 from radlads.mixers.table import Row
+from radlads.quantised import KEYS, Quantised, settings_of, take_quantised
 from radlads.spec import ModelSpec
 from radlads.tensors import (
     DTYPES,
     FLOATS,
     INDEX,
+    OTHER_SUFFIXES,
     SINGLE,
     Entry,
     Named,
@@ -39,7 +41,9 @@ from radlads.tensors import (
     is_plain_name,
     listed,
     open_weights,
+    other_weights,
     read_raw,
+    unconverted,
     write_weights,
 )
 
@@ -49,20 +53,9 @@ VERDICT = "verify.json"  # what `radlads verify` found; true of this folder alon
 SCHEMA = 1
 SHARD_BYTES = 5_000_000_000
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-QUANTISED_BITS, QUANTISED_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 ALL_ONES = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # exponent bits of infinity and NaN
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """How a matrix (n, m) is stored in few bits, as MLX does: beside its words (n, m bits / 32) a scale and bias per group."""
-
-    scales: Entry
-    biases: Entry
-    bits: int
-    group_size: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,6 @@ class ModelFolder:
             logging.getLogger(__name__).warning("%s: NaN or infinity in %s", self.path, listed(bad))
         return bad
 
-
     def floats(self, name: str, entry: Entry) -> tuple[Entry, ...]:
         """The stored floats of a tensor: its own, or the scales and biases of a quantised one."""
         few = self.quantised.get(name)
@@ -133,14 +125,17 @@ def open_folder(
     R201 unreadable, R202 bad weights file, R203 tensors that do not fit, R204 bad config or manifest, R205 unsupported.
     """
     path = Path(path)
-    if not path.is_dir():
-        why = "it is no folder" if path.exists() else "there is no such folder"
-        raise fail("R201", where=path, why=why, fix="Give the folder that holds config.json and the weights")
+    check_folder(path, weights)
     source = config_path(path, config_from)
     config = read_json(source)
+    settings = settings_of(source, config)
     stored = open_weights(path) if weights or is_published(config) else {}
+    kept = dict(stored)
+    quantised = take_quantised(path, settings, kept)
+    shapes = {name: float_shape(entry, quantised.get(name)) for name, entry in kept.items()}
+    floats = {key: value for key, value in config.items() if key not in KEYS} if settings else config
     try:
-        found = spec_of(config, {name: entry.shape for name, entry in stored.items()}, variant=variant)
+        found = spec_of(floats, shapes, variant=variant)
         spec = found.spec
         rows = spec.tensors()
     except RadladsError as error:
@@ -148,36 +143,27 @@ def open_folder(
     except (TypeError, ValueError) as error:
         raise fail("R204", where=path / CONFIG, why=str(error), fix="Get the file again from its source") from None
     manifest = read_manifest(path, spec)
-    kept = {name: entry for name, entry in stored.items() if name not in found.ignored}
-    quantised = quantised_entries(path, config, kept)
+    kept = {name: entry for name, entry in kept.items() if name not in found.ignored}
     fitted = fitting(path, spec, rows, kept, quantised) if weights else {}
     return ModelFolder(path, config, spec, fitted, manifest, found.notices, quantised)
 
 
-def quantised_entries(path: Path, config: Mapping[str, Any], stored: dict[str, Entry]) -> dict[str, Quantised]:
-    """The quantised matrices of an MLX folder by name; their scales and biases are taken out of `stored`. R203, R205."""
-    settings = config.get("quantization") or config.get("quantization_config")
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict) or settings.get("mode", "affine") != "affine":
-        raise fail("R205", where=path / CONFIG, why="the quantisation is not MLX's affine one", fix="Use the unquantised model")
-    found = {}
-    for name in [name for name, entry in stored.items() if entry.dtype == "U32" and name.endswith(".weight")]:
-        stem = name.removesuffix(".weight")
-        own = settings[stem] if isinstance(settings.get(stem), dict) else settings
-        bits, group = own.get("bits"), own.get("group_size")
-        if bits not in QUANTISED_BITS or group not in QUANTISED_GROUPS:
-            why = f"{stem} has {bits!r} bits in groups of {group!r}; bits are {QUANTISED_BITS}, groups {QUANTISED_GROUPS}"
-            raise fail("R205", where=path / CONFIG, why=why, fix="Use the unquantised model")
-        scales, biases, words = stored.pop(f"{stem}.scales", None), stored.pop(f"{stem}.biases", None), stored[name]
-        shape = (*words.shape[:-1], words.shape[-1] * 32 // bits // group) if words.shape else ()
-        if scales is None or biases is None or scales.shape != shape or biases.shape != shape:
-            why = f"the words, scales and biases of {stem} do not fit together at {bits} bits in groups of {group}"
-            raise fail("R203", where=path, why=why, fix="Quantise the model again")
-        if scales.dtype not in FLOATS or biases.dtype != scales.dtype:
-            raise fail("R203", where=path, why=f"the scales or biases of {stem} are no floats", fix="Quantise the model again")
-        found[name] = Quantised(scales, biases, bits, group)
-    return found
+def check_folder(path: Path, weights: bool = True) -> None:
+    """R201 unless it is a folder, and not of another format: then with the conversion to do first (config alone is enough
+    if no `weights` are wanted)."""
+    if path.is_dir():
+        if (weights or not (path / CONFIG).exists()) and (other := other_weights(path)):
+            raise unconverted(path, f"its weights are {other}")
+    elif path.is_file() and path.suffix in OTHER_SUFFIXES:
+        raise unconverted(path, "it is a file of another format")
+    else:
+        why = "it is no folder" if path.exists() else "there is no such folder"
+        raise fail("R201", where=path, why=why, fix="Give the folder that holds config.json and the weights")
+
+
+def float_shape(entry: Entry, few: Quantised | None) -> tuple[int, ...]:
+    """The shape of a stored tensor, or of the floats behind the words of a quantised one."""
+    return entry.shape if few is None else (*entry.shape[:-1], entry.shape[-1] * 32 // few.bits)
 
 
 def placed(where: str, path: Path, config: Path) -> str:
@@ -230,7 +216,7 @@ def fitting(
     faults += [f"{name} is unknown" for name in stored if name not in rows]
     for name, entry in stored.items():
         few = quantised.get(name)
-        shape = entry.shape if few is None else (*entry.shape[:-1], entry.shape[-1] * 32 // few.bits)
+        shape = float_shape(entry, few)
         if name in rows and shape != rows[name].shape:
             faults.append(f"{name} is {list(shape)}, the config needs {list(rows[name].shape)}")
         elif few is None and entry.dtype not in FLOATS:

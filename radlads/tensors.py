@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ NAME_LIMIT = 512
 BLOCK = 2**24  # bytes read or written at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OTHER_SUFFIXES = (".gguf", ".pth", ".pt", ".bin")  # of weights that `radlads convert` reads and nothing else here does
 AGAIN = "Get the file again from its source"
 CONVERT = "Convert it first with `radlads convert`"
 
@@ -201,13 +203,28 @@ def open_weights(folder: Path | str) -> dict[str, Entry]:
 
 
 def no_weights(folder: Path) -> RadladsError:
-    """The error for a folder without safetensors, naming pickles if there are any."""
-    try:
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    except OSError:
-        others = []
-    why = f"there is no {SINGLE} and no {INDEX}" + (f", only {others[0]}, which is not loaded" if others else "")
+    """The error for a folder without safetensors; the conversion to do first where it holds a model of another format."""
+    if other := other_weights(folder):
+        return unconverted(folder, f"its weights are {other}")
+    why = f"there is no {SINGLE} and no {INDEX}"
     return fail("R201", where=folder, why=why, fix="Give a model folder with safetensors weights")
+
+
+def other_weights(folder: Path) -> str | None:
+    """The file of another format in a folder without safetensors, None where there is none."""
+    try:
+        if (folder / SINGLE).exists() or (folder / INDEX).exists():
+            return None
+        return next((path.name for path in sorted(folder.iterdir()) if path.suffix in OTHER_SUFFIXES), None)
+    except OSError:
+        return None
+
+
+def unconverted(path: Path, why: str) -> RadladsError:
+    """R201 for a model that has to become a folder of safetensors before anything computes with it."""
+    name = path.resolve().name if path.is_dir() else path.stem
+    command = f"radlads convert {shlex.quote(str(path))} --to hf --output-dir {shlex.quote(f'{name}-hf')}"
+    return fail("R201", where=path, why=f"{why}, and models run from safetensors", fix=f"Convert it: `{command}`")
 
 
 def contained(folder: Path, name: str) -> Path:

@@ -84,6 +84,9 @@ def student_spec(
     if teacher.spec.recurrent is not None:
         why = f"it is a student already ({teacher.spec.recurrent})"
         raise fail("R103", where=teacher.path, why=why, fix="Give the softmax-attention teacher")
+    if teacher.quantised:
+        fix = "Give the unquantised teacher, or dequantise it with `radlads convert --to hf`"
+        raise fail("R205", where=teacher.path, why="its weights are quantised and a student is made of floats", fix=fix)
     try:
         return teacher.spec.as_student(arch, tuple(sorted(set(keep_softmax))), ranks=dict(ranks or {}), **options)
     except ValueError as error:

@@ -26,7 +26,7 @@ def test_to_mlx_and_back_prints_one_document(radlads, teacher, tmp_path):
     ("arguments", "code"),
     [
         (("--to", "hf", "-q"), "R101"),
-        (("--to", "mlx", "-q", "--q-bits", 3), "R101"),
+        (("--to", "mlx", "-q", "--q-bits", 7), "R101"),
         (("--to", "onnx"), "R101"),
         (("--to", "hf", "--config", "nowhere.json"), "R201"),
     ],
@@ -40,3 +40,31 @@ def test_wrong_wishes_are_one_line(radlads, teacher, tmp_path, arguments, code):
 def test_missing_source_is_one_line(radlads, tmp_path):
     outcome = radlads("convert", tmp_path / "nothing", "--to", "hf", "--output-dir", tmp_path / "out")
     assert outcome.status == 2 and outcome.err.startswith("error: R201") and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["model.gguf", "model.pth", "folder"])
+def test_what_runs_no_other_format_gives_the_line_that_converts_it(radlads, teacher, tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    kind = "gguf" if target.endswith(".gguf") else "pth"
+    assert radlads("convert", teacher, "--to", kind, "--output-dir", target).status == 0
+    for verb in (("generate", target, "-p", "x"), ("chat", target), ("verify", target), ("card", target)):
+        outcome = radlads(*verb)
+        line = f"radlads convert {target} --to hf --output-dir {target.partition('.')[0]}-hf"
+        assert outcome.status == 2 and outcome.err.count("\n") == 1 and f"`{line}`" in outcome.err, outcome
+    wish = [*line.split()[1:], *(("--config", str(teacher)) if target == "model.pth" else ())]
+    assert radlads(*wish).status == 0 and radlads("verify", f"{target.partition('.')[0]}-hf", "--files-only").status == 0
+    assert radlads("inspect", target, *wish[6:]).status == 0
+
+
+def test_a_quantised_teacher_talks_on_mlx_and_is_no_teacher_of_a_student(radlads, teacher, tmp_path):
+    wish = ("--to", "mlx", "-q", "--q-bits", 6, "--q-group-size", 32)
+    assert radlads("convert", teacher, *wish, "--output-dir", tmp_path / "q").status == 0
+    assert radlads("convert", tmp_path / "q", "--to", "hf", "--output-dir", tmp_path / "floats").status == 0
+    said = [
+        json.loads(radlads("generate", tmp_path / name, "-p", "one two", "-m", 6, "--backend", "mlx", "--json").out)["token_ids"]
+        for name in ("q", "floats")
+    ]
+    assert said[0] == said[1] and len(said[0]) == 6
+    assert "--backend mlx" in radlads("generate", tmp_path / "q", "-p", "x", "--backend", "torch").err
+    outcome = radlads("init", tmp_path / "q", "--student-arch", "rwkv7", "--output-dir", tmp_path / "student")
+    assert outcome.status == 2 and "R205" in outcome.err and "quantised" in outcome.err

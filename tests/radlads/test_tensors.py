@@ -366,7 +366,7 @@ def test_folder_without_weights_names_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(RadladsError, match=r"R201.*no model\.safetensors"):
         open_weights(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(RadladsError, match=r"R201.*pytorch_model\.bin, which is not loaded"):
+    with pytest.raises(RadladsError, match=r"R201.*pytorch_model\.bin, and.*`radlads convert .*-hf`"):
         open_weights(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(pack("{}"))
     with pytest.raises(RadladsError, match=r"R203.*no tensors"):

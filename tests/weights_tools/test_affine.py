@@ -11,6 +11,7 @@ from mlx_lm import load
 from mlx_lm.utils import dequantize_model, quantize_model
 
 from radlads.folder import open_folder
+from radlads.quantised import BITS
 from radlads.tensors import encode, read_header, read_raw
 from radlads.weights_tools.convert import convert
 from radlads.weights_tools.formats.affine import dequantise, pack, quantise, scales_and_biases, unpack
@@ -37,7 +38,7 @@ def awkward(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", STORED)
-@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("width", BITS)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_rows_equal_mlx(dtype: str, width: int, group: int) -> None:
     raw = encode(awkward(np.random.default_rng(group)), dtype)
@@ -51,7 +52,7 @@ def test_rows_equal_mlx(dtype: str, width: int, group: int) -> None:
     np.testing.assert_array_equal(bits(dequantise(words, scales, biases, dtype, width)), bits(back))
 
 
-@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("width", BITS)
 def test_packing_is_undone(width: int) -> None:
     q = np.random.default_rng(0).integers(0, 2**width, (5, 64)).astype(np.uint8)
     np.testing.assert_array_equal(unpack(pack(q, width), width), q)

@@ -5,6 +5,7 @@ from pathlib import Path
 from radlads.errors import fail
 from radlads.files import open_regular
 from radlads.folder import CONFIG
+from radlads.quantised import KEYS
 from radlads.tensors import INDEX, SINGLE
 from radlads.weights_tools.formats import gguf, hf, mlx, pth
 from radlads.weights_tools.formats.format import Format, Reading, Source
@@ -18,7 +19,7 @@ def recognise(path: Path) -> tuple[str, Path]:
     """(format, the file or folder to read) of what a user names; R201 where it is none of them."""
     if path.is_dir():
         if (path / SINGLE).exists() or (path / INDEX).exists():
-            quantised = (path / CONFIG).exists() and set(hf.read_config_file(path)) & set(mlx.KEYS)
+            quantised = (path / CONFIG).exists() and set(hf.read_config_file(path)) & set(KEYS)
             return (mlx.NAME if quantised else hf.NAME), path
         return only_file(path)
     with open_regular(path) as file:

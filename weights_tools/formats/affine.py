@@ -8,8 +8,6 @@ import numpy as np
 
 from radlads.tensors import Raw, decode, encode
 
-BITS = (4, 8)
-GROUP_SIZES = (32, 64, 128)
 TINIEST = np.float32(1e-7)  # a constant group gets this scale
 
 
@@ -48,9 +46,12 @@ def rounded(values: Raw, dtype: str) -> Raw:
 
 
 def pack(q: Raw, bits: int) -> Raw:
-    """uint8 values (n, columns) into little-endian 32-bit words, the first value in the lowest bits."""
+    """uint8 values (n, columns) as one little-endian stream of bits a row, in 32-bit words."""
     if bits == 4:
         q = q[:, 0::2] | q[:, 1::2] << 4
+    elif bits != 8:
+        stream = np.unpackbits(q[..., None], axis=-1, count=bits, bitorder="little")
+        q = np.packbits(stream.reshape(len(q), -1), axis=-1, bitorder="little")
     return np.ascontiguousarray(q).view("<u4")
 
 
@@ -59,4 +60,7 @@ def unpack(words: Raw, bits: int) -> Raw:
     q = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return q
-    return np.stack((q & 15, q >> 4), -1).reshape(len(q), -1)
+    if bits == 4:
+        return np.stack((q & 15, q >> 4), -1).reshape(len(q), -1)
+    stream = np.unpackbits(q, axis=-1, bitorder="little").reshape(len(q), -1, bits)
+    return np.packbits(stream, axis=-1, bitorder="little")[..., 0]

@@ -1,6 +1,6 @@
 """Hugging Face folders of safetensors: ours, a teacher's, and the published layouts. Names are ours, so no rules are needed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from radlads.folder import (
     tensor_bytes,
     to_json,
 )
-from radlads.tensors import INDEX, SINGLE, Planned, layout
+from radlads.tensors import INDEX, SINGLE, Entry, Planned, layout
 from radlads.weights_tools.formats.format import Output, Reading, Source, StoredTensor, Writing, manifest_of, pieces_of
 from radlads.weights_tools.lazy import Lazy, stored
 from radlads.weights_tools.output import OutputFile, Segment, fixed
@@ -29,20 +29,27 @@ NAME = "hf"
 def read(path: Path, reading: Reading) -> Source:
     """A model folder with float weights; R2xx where it is broken."""
     folder = open_folder(path, variant=reading.variant, config_from=reading.config)
-    kind = folder.config.get("model_type", "")
-    rows = [StoredTensor(name, entry.dtype, entry.shape, entry.path.name, entry.nbytes) for name, entry in folder.weights.items()]
+    tensors = {name: stored(entry) for name, entry in folder.weights.items()}
+    return source_of(folder, NAME, str(folder.config.get("model_type", "")), tensors, list(folder.weights.items()))
+
+
+def source_of(
+    folder: ModelFolder, format: str, layout: str, tensors: dict[str, Lazy], entries: Sequence[tuple[str, Entry]]
+) -> Source:
+    """An opened folder as a source; `entries` are the tensors that its files hold."""
     return Source(
         path=folder.path,
-        format=NAME,
-        layout=str(kind),
+        format=format,
+        layout=layout,
         spec=folder.spec,
-        tensors={name: stored(entry) for name, entry in folder.weights.items()},
-        stored=rows,
-        inputs=tuple(sorted({entry.path for entry in folder.weights.values()})),
+        tensors=tensors,
+        stored=[StoredTensor(name, entry.dtype, entry.shape, entry.path.name, entry.nbytes) for name, entry in entries],
+        inputs=tuple(sorted({entry.path for _, entry in entries})),
         config=folder.config,
         files=companions(folder),
         manifest=folder.manifest,
         notices=folder.notices,
+        quantised=bool(folder.quantised),
     )
 
 

@@ -5,92 +5,48 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from radlads.errors import RadladsError, fail
-from radlads.families import read_config
-from radlads.folder import CONFIG, CONFIG_DTYPES, inherited, read_manifest
-from radlads.folder import ModelFolder as Folder
+from radlads.errors import fail
+from radlads.folder import CONFIG_DTYPES, ModelFolder, open_folder
+from radlads.quantised import BITS, GROUP_SIZES, KEYS, Quantised
 from radlads.spec import ModelSpec
-from radlads.tensors import FLOATS, Entry, Raw, encode, open_weights
-from radlads.weights_tools.formats.affine import BITS, GROUP_SIZES, dequantise, quantise, scales_and_biases
-from radlads.weights_tools.formats.format import Output, Reading, Source, StoredTensor, Writing, fit
-from radlads.weights_tools.formats.hf import folder_output, read_config_file
+from radlads.tensors import Entry, Raw, encode
+from radlads.weights_tools.formats.affine import dequantise, quantise, scales_and_biases
+from radlads.weights_tools.formats.format import Output, Reading, Source, Writing
+from radlads.weights_tools.formats.hf import folder_output, source_of
 from radlads.weights_tools.lazy import Lazy, stored
-from radlads.weights_tools.standalone import ENTRIES
 
 NAME = "mlx"
-KEYS = ("quantization", "quantization_config")
 PARTS = (".scales", ".biases")
 
 
 def read(path: Path, reading: Reading) -> Source:
     """A folder with affine-quantised weights, dequantised as it is read; R2xx where it is broken or quantised otherwise."""
-    config = read_config_file(path)
-    settings = quantisation_of(path, config)
-    float_config = {name: value for name, value in config.items() if name not in KEYS}
-    try:
-        spec = read_config(float_config)
-    except RadladsError as error:
-        raise fail(error.code, where=path / error.where, why=error.why, fix=error.fix) from None
-    entries = open_weights(path)
-    tensors = fit(path, spec, dict(floats(path, entries, settings)))
-    manifest = read_manifest(path, spec)
-    folder = Folder(path, config, spec, entries, manifest)
-    return Source(
-        path=path,
-        format=NAME,
-        layout=f"{settings['bits']}-bit, groups of {settings['group_size']}",
-        spec=spec,
-        tensors=tensors,
-        stored=[StoredTensor(name, entry.dtype, entry.shape, entry.path.name, entry.nbytes) for name, entry in entries.items()],
-        inputs=tuple(sorted({entry.path for entry in entries.values()})),
-        config=config,
-        files={file.name: file for file in inherited(folder) if file.name not in ENTRIES},
-        manifest=manifest,
-        quantised=True,
-    )
+    folder = open_folder(path, variant=reading.variant, config_from=reading.config)
+    tensors = {
+        name: dequantised(entry, folder.quantised[name]) if name in folder.quantised else stored(entry)
+        for name, entry in folder.weights.items()
+    }
+    widths = sorted({f"{few.bits}-bit, groups of {few.group_size}" for few in folder.quantised.values()})
+    return source_of(folder, NAME, " and ".join(widths) or "floats", tensors, list(entries_of(folder)))
 
 
-def quantisation_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the quantisation; R205 unless it is affine with one of the supported widths."""
-    settings: Any = config.get(KEYS[0]) or config.get(KEYS[1])
-    known = isinstance(settings, dict) and settings.get("mode", "affine") == "affine"
-    if not known or settings.get("bits") not in BITS or settings.get("group_size") not in GROUP_SIZES:
-        why = f"the quantisation is not affine with {BITS} bits and groups of {GROUP_SIZES}"
-        raise fail("R205", where=path / CONFIG, why=why, fix="Use the unquantised model")
-    return dict(settings)
+def entries_of(folder: ModelFolder) -> Iterator[tuple[str, Entry]]:
+    """Every stored tensor by its name in the files; three of them are one quantised matrix."""
+    for name, entry in folder.weights.items():
+        yield name, entry
+        if few := folder.quantised.get(name):
+            stem = name.removesuffix(".weight")
+            yield from zip((stem + part for part in PARTS), (few.scales, few.biases), strict=True)
 
 
-def floats(path: Path, entries: dict[str, Entry], settings: dict[str, Any]) -> Iterator[tuple[str, Lazy]]:
-    """Every tensor as floats; three stored tensors make one quantised."""
-    for name, entry in entries.items():
-        stem = name.removesuffix(".weight")
-        if name.endswith(PARTS) and name.rpartition(".")[0] + ".weight" in entries:
-            continue
-        if entry.dtype != "U32":
-            yield name, stored(entry)
-            continue
-        own = {**settings, **settings[stem]} if isinstance(settings.get(stem), dict) else settings
-        yield name, quantised_tensor(path, name, entries, own["bits"], own["group_size"])
-
-
-def quantised_tensor(path: Path, name: str, entries: dict[str, Entry], bits: int, group_size: int) -> Lazy:
-    """The floats behind `name` and its scales and biases; R203 unless the three fit together."""
-    stem = name.removesuffix(".weight")
-    try:
-        words, scales, biases = entries[name], entries[f"{stem}.scales"], entries[f"{stem}.biases"]
-    except KeyError as error:
-        raise fail("R203", where=path, why=f"{error.args[0]} is missing", fix="Quantise the model again") from None
-    columns = words.shape[-1] * 32 // bits if len(words.shape) == 2 and bits in BITS else 0
-    shape = (words.shape[0], columns // group_size) if columns and not columns % group_size else None
-    if scales.shape != shape or biases.shape != shape or scales.dtype != biases.dtype or scales.dtype not in FLOATS:
-        why = f"{name} {list(words.shape)}, scales {list(scales.shape)} and biases {list(biases.shape)} do not fit together"
-        raise fail("R203", where=path, why=f"{why} at {bits} bits in groups of {group_size}", fix="Quantise the model again")
+def dequantised(words: Entry, few: Quantised) -> Lazy:
+    """The floats behind the words of a matrix."""
 
     def read_rows(start: int, stop: int) -> Raw:
-        w, s, b = (stored(entry).read(start, stop) for entry in (words, scales, biases))
-        return dequantise(w, s, b, scales.dtype, bits)
+        w, s, b = (stored(entry).read(start, stop) for entry in (words, few.scales, few.biases))
+        return dequantise(w, s, b, few.scales.dtype, few.bits)
 
-    return Lazy(scales.dtype, (words.shape[0], columns), read_rows)
+    return Lazy(few.scales.dtype, (words.shape[0], words.shape[1] * 32 // few.bits), read_rows)
 
 
 def plan(source: Source, writing: Writing, key: str) -> Output:
