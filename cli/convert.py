@@ -14,6 +14,9 @@ class ConvertOptions:
 
     source: str = arg("Folder or file of the model: safetensors, MLX, .pth or .gguf.", metavar="SRC", flag="--model")
     to: Literal["hf", "mlx", "pth", "gguf"] = opt("hf", "Format to write.", "--to")
+    layout: Literal["rwkv6qwen2", "rwkv7qwen2", "rwkv7qwen3", "rwkv079qwen3"] | None = opt(
+        None, "Layout of a published model, for --to hf: other programs read it."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = opt(None, "Type of the weights, instead of their own.")
     quantize: bool = opt(False, "Quantise for MLX (affine).", "--quantize", "-q")
     q_bits: int = opt(4, "Bits of a quantised weight: 2, 3, 4, 5, 6 or 8.")
@@ -62,6 +65,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
         dtype=DTYPES[options.dtype] if options.dtype else None,
         bits=options.q_bits if options.quantize else None,
         group_size=options.q_group_size,
+        layout=options.layout,
     )
     notices: list[str] = []
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from radlads import __version__
 from radlads.engine import Engine
 from radlads.errors import RadladsError
+from radlads.families.published import is_published
 from radlads.files import sha256, write_file
 from radlads.folder import MANIFEST, VERDICT, ModelFolder
 from radlads.oracle import oracle_logits
@@ -109,6 +110,8 @@ def check_provenance(folder: ModelFolder) -> Check:
 def check_model_code(folder: ModelFolder) -> Check:
     """A student's config names the files of its own by which stock transformers and mlx-lm load it."""
     config, faults = folder.config, []
+    if is_published(config):
+        return Check("model code", "skipped", "a published layout goes with the model code of its authors")
     classes = config.get("auto_map")
     named = {"model_file": [config.get("model_file")], "auto_map": [*classes.values()] if isinstance(classes, dict) else [None]}
     for key, values in named.items():

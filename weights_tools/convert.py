@@ -49,6 +49,8 @@ def convert(
     writing = replace(writing or Writing(), single=final.suffix == FILE_SUFFIXES.get(target))
     if writing.bits is not None and target != "mlx":
         raise fail("R101", where="--quantize", why=f"{target} is written in floats here", fix="Quantise with --to mlx")
+    if writing.layout is not None and target != "hf":
+        raise fail("R101", where="--layout", why=f"{target} has no layouts to choose from", fix="Choose it with --to hf")
     key = work_key(source, writing, target, allow_nonfinite)
     guarded = replace(source, tensors=checked(source, source.tensors, allow_nonfinite, say))
     output_plan = FORMATS[target].plan(guarded, writing, key)

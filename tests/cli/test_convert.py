@@ -28,6 +28,8 @@ def test_to_mlx_and_back_prints_one_document(radlads, teacher, tmp_path):
         (("--to", "hf", "-q"), "R101"),
         (("--to", "mlx", "-q", "--q-bits", 7), "R101"),
         (("--to", "onnx"), "R101"),
+        (("--to", "mlx", "--layout", "rwkv7qwen2"), "R101"),
+        (("--to", "hf", "--layout", "rwkv7qwen3"), "R205"),
         (("--to", "hf", "--config", "nowhere.json"), "R201"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from radlads.errors import RadladsError
+from radlads.families.layouts import NAMES, write_layout
 from radlads.families.published import detect
 from tests.published import QRWKV6_7B, QRWKV7_7B, SYSTEMS, System
 
@@ -133,3 +134,46 @@ def test_tensors_alone_do_not_suffice() -> None:
         detect(partial, QRWKV7_7B.config())
     with pytest.raises(RadladsError, match=r"R203.*q_proj"):
         detect({**QRWKV7_7B.shapes(), "model.layers.0.self_attn.q_proj.weight": ()}, QRWKV7_7B.config())
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_a_layout_is_written_as_it_is_read(system: System) -> None:
+    given = system.config()
+    spec = detect(system.shapes(), given).spec
+    config, reasons = write_layout(spec, given["model_type"], {})
+    assert reasons == [] and detect(system.shapes(), config).spec == spec
+    # Every key that was seen in a published file is written, with the value that stands there.
+    unread = {"torch_dtype", "use_cache", "eos_token_id", "bos_token_id", "residual_dropout", "attention_dropout", "base_model",
+              "initializer_range", "sliding_window", "max_window_layers", "rope_scaling"}  # fmt: skip
+    wanted = {key: value for key, value in given.items() if key not in unread}
+    wanted["auto_map"] = {**config["auto_map"], **given["auto_map"]}
+    assert {key: config[key] for key in wanted} == wanted
+    kept, _ = write_layout(spec, given["model_type"], given)
+    assert {key: kept[key] for key in given if key in unread and key != "rope_scaling"} == {
+        key: given[key] for key in unread if key in given and key != "rope_scaling"
+    }
+    others = [name for name in NAMES if name != given["model_type"]]
+    assert all(write_layout(spec, name, {})[1] for name in others)
+
+
+UNHELD: dict[str, tuple[System, str, dict[str, Any], str]] = {
+    "era A": (QRWKV7_7B, "rwkv7qwen2", {"mixer": {"variant": "A"}}, "mixer.variant A would be read as B"),
+    "no clamp": (QRWKV6_7B, "rwkv6qwen2", {"mixer": {"clamp": None}}, "mixer.clamp None would be read as -5.0"),
+    "softmax in the middle": (QRWKV7_7B, "rwkv7qwen2", {"mixers": ("rwkv7", "softmax") * 14}, "keeps softmax in layers"),
+    "softmax in rwkv6": (QRWKV6_7B, "rwkv6qwen2", {"mixers": ("rwkv6",) * 27 + ("softmax",)}, "it keeps no softmax layers"),
+    "wide heads": (QRWKV7_7B, "rwkv7qwen2", {"head_dim": 64}, "together are as wide as the model"),
+    "another family": (QRWKV7_7B, "rwkv7qwen2", {"family": "llama"}, "family llama would be read as qwen2"),
+}
+
+
+@pytest.mark.parametrize(("system", "layout", "changes", "reason"), UNHELD.values(), ids=UNHELD)
+def test_what_a_layout_cannot_hold_is_a_reason(system: System, layout: str, changes: dict[str, Any], reason: str) -> None:
+    spec = detect(system.shapes(), system.config()).spec
+    changes = {**changes, **({"mixer": replace(spec.mixer, **changes["mixer"])} if "mixer" in changes else {})}
+    assert reason in "; ".join(write_layout(replace(spec, **changes), layout, {})[1])
+
+
+def test_softmax_in_the_last_layers_is_held_by_rwkv7() -> None:
+    spec = replace(detect(QRWKV7_7B.shapes(), QRWKV7_7B.config()).spec, mixers=("rwkv7",) * 26 + ("softmax",) * 2)
+    config, reasons = write_layout(spec, "rwkv7qwen2", {})
+    assert reasons == [] and config["num_attention_layers"] == 2

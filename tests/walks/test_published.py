@@ -19,7 +19,10 @@ from radlads.folder import ModelFolder, open_folder
 from radlads.recipe import Stage
 from radlads.sampling import Sampling
 from radlads.session import Session
+from radlads.tensors import read_raw
 from radlads.tokenizer import Tokenizer
+from radlads.weights_tools.convert import convert
+from radlads.weights_tools.formats.format import Writing
 from tests.models import CHAT_TEMPLATE, tiny_tokenizer
 from tests.published import QRWKV6_7B, QRWKV7_7B, SYSTEMS, System, reference_logits
 
@@ -80,6 +83,23 @@ def test_folder_opens_with_what_its_tensors_show(case: Case) -> None:
     assert folder.dtype == "BF16" and folder.stage is None and folder.notices
     names = {f"model.layers.0.self_attn.v{i}" for i in range(3)} if system.kind == "rwkv7" else set()
     assert set(folder.check_finite()) == names
+
+
+def test_its_layout_is_written_as_it_came(case: Case, tmp_path: Path) -> None:
+    """Published folder to ours and back to its own layout: the config's keys, every tensor to the bit, and who it is."""
+    system, folder, _ = case
+    convert(folder.path, tmp_path / "ours", "hf", say=lambda text: None)
+    said: list[str] = []
+    layout = system.config()["model_type"]
+    convert(tmp_path / "ours", tmp_path / "back", "hf", writing=Writing(layout=layout), say=said.append)
+    back = open_folder(tmp_path / "back")
+    assert back.spec == folder.spec and back.config["model_type"] == layout and "auto_map" in back.config
+    assert not list(back.path.glob("*_radlads.py")) and any(f"modeling_{layout}.py" in line for line in said)
+    for name, entry in folder.weights.items():
+        assert (entry.dtype, entry.shape) == (back.weights[name].dtype, back.weights[name].shape)
+        assert read_raw(entry).tobytes() == read_raw(back.weights[name]).tobytes(), name
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (back.path / name).read_bytes() == (folder.path / name).read_bytes()
 
 
 @torch.no_grad()

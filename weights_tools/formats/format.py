@@ -42,11 +42,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Writing:
-    """What the user wants: a dtype of `DTYPES` (None keeps each tensor's own) and, for MLX, affine quantisation."""
+    """What the user wants: a dtype of `DTYPES` (None keeps each tensor's own), for MLX affine quantisation, for Hugging Face
+    the layout of a published model."""
 
     dtype: str | None = None
     bits: int | None = None
     group_size: int = 64
+    layout: str | None = None
     single: bool = False  # one file under the output's own name, not a folder
 
 

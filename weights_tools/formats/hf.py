@@ -1,10 +1,12 @@
 """Hugging Face folders of safetensors: ours, a teacher's, and the published layouts. Names are ours, so no rules are needed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from radlads.families import write_config
+from radlads.families.layouts import write_layout
 from radlads.files import read_json
 from radlads.folder import (
     CONFIG,
@@ -18,7 +20,7 @@ from radlads.folder import (
     to_json,
 )
 from radlads.tensors import INDEX, SINGLE, Entry, Planned, layout
-from radlads.weights_tools.formats.format import Output, Reading, Source, StoredTensor, Writing, manifest_of, pieces_of
+from radlads.weights_tools.formats.format import Output, Reading, Source, StoredTensor, Writing, manifest_of, pieces_of, refuse
 from radlads.weights_tools.lazy import Lazy, stored
 from radlads.weights_tools.output import OutputFile, Segment, fixed
 from radlads.weights_tools.standalone import CONFIG_KEYS, ENTRIES, model_files
@@ -59,10 +61,20 @@ def companions(folder: ModelFolder) -> dict[str, Path | bytes]:
 
 
 def plan(source: Source, writing: Writing, key: str) -> Output:
-    """A folder of the source's tensors under the same names."""
+    """A folder of the source's tensors under the same names; R205 where a published layout cannot hold the model."""
     tensors = source.in_dtype(writing.dtype)
     event = {"to": NAME, "dtype": CONFIG_DTYPES[writing.dtype or source.dtype]}
-    return folder_output(source, tensors, {"dtype": event["dtype"]}, event, key, {"format": "pt"})
+    settings, metadata = {"dtype": event["dtype"]}, {"format": "pt"}
+    if writing.layout is None:
+        return folder_output(source, tensors, settings, event, key, metadata)
+    config, reasons = write_layout(source.spec, writing.layout, source.config)
+    if reasons:
+        raise refuse(source.path, writing.layout, reasons, "Leave out --layout: our own layout holds every model")
+    event["layout"] = writing.layout
+    output = folder_output(source, tensors, settings, event, key, metadata, config)
+    code = f"configuration_{writing.layout}.py and modeling_{writing.layout}.py"
+    notice = f"stock transformers needs {code} of the layout's authors in the folder; radlads needs neither"
+    return replace(output, notices=(*output.notices, notice))
 
 
 def folder_output(
@@ -72,8 +84,12 @@ def folder_output(
     event: Mapping[str, Any],
     key: str,
     metadata: Mapping[str, str],
+    layout: Mapping[str, Any] | None = None,
 ) -> Output:
-    """The plan of a folder: shards, index, config.json with `settings`, companions, our model code, manifest."""
+    """The plan of a folder: shards, index, config.json with `settings`, companions, our model code, manifest.
+
+    `layout` is the config of a published layout, which comes without model code, instead of ours.
+    """
     planned: dict[str, Planned] = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     shards = list(split(planned))
     files: list[OutputFile] = []
@@ -84,8 +100,8 @@ def folder_output(
         places |= dict.fromkeys(part, name)
 
     def small_files(hashes: Mapping[str, str]) -> dict[str, bytes | Path]:
-        code, code_keys = model_files(source.spec)
-        config = {**base_config(source), **source.token_ids, **code_keys, **settings}
+        code, code_keys = model_files(source.spec) if layout is None else ({}, {})
+        config = {**(layout or base_config(source)), **source.token_ids, **code_keys, **settings}
         small: dict[str, bytes | Path] = {**source.files, **code, CONFIG: to_json(config).encode()}
         if len(shards) > 1:
             total = sum(map(tensor_bytes, planned.values()))
