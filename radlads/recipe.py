@@ -509,6 +509,6 @@ def unknown_key(key: str, allowed: list[str]) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """The words ", nearest is 'x'" when a name is near, else none."""
-    close = get_close_matches(name[:80], names, 1, 0.5)
+    """The words ", nearest is 'x'" when a name is near or cut short, else none."""
+    close = [known for known in names if name and known.startswith(name)] or get_close_matches(name[:80], names, 1, 0.5)
     return f", nearest is {close[0]!r}" if close else ""
