@@ -62,7 +62,8 @@ class InitResult:
             ("tensors", f"{self.copied_tensors} from the teacher, {self.new_tensors} new"),
             *((f"step-0 {name.replace('_', ' ')}", f"{value:.4g}") for name, value in self.step0.items()),
         ]
-        after = f"Next: `radlads train --teacher {self.teacher} --student-arch {self.architecture}` trains such a student."
+        given = f"--teacher {self.teacher} --student {self.model} --student-arch {self.architecture}"
+        after = f"Next: `radlads train RECIPE {given}` trains it; `radlads recipes ls` lists recipes."
         return [Table(("", ""), rows), after]
 
 
