@@ -175,8 +175,8 @@ class Parallel(Part):
     `layout` of the student: "optimizer" gathers weights once a step and shards masters and moments (ZeRO-2), "full" shards
     weights too and gathers them unit by unit. `teacher`: "whole" on each GPU, "sharded", or "offloaded" to the CPU's memory.
     `vocab_heads` splits the output matrices by vocabulary. `sequence` is how many processes share one sequence, by kind of
-    stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in. After
-    `compile` "auto" compiles the layers where one process trains on a GPU and nothing is recomputed. After
+    stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in.
+    `compile` "auto" compiles the layers on a GPU, as wholes where one process trains, else in parts. After
     `hang_timeout` seconds without a step a run saves its stacks and ends (0: never). "auto" takes what fits the GPUs.
     """
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from radlads.backends.torch.moments import Packed, read
 from radlads.backends.torch.parallel import rows_of
 from radlads.backends.torch.world import World
 from radlads.errors import RadladsError, fail
@@ -38,20 +39,21 @@ class Checkpoints:
         self.writing: list[Future[Any]] = []
         self.threads = ThreadPoolExecutor(1, "checkpoint")
 
-    def save(self, tensors: dict[str, Tensor], shapes: Shapes, record: dict[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor | Packed], shapes: Shapes, record: dict[str, Any]) -> None:
         """Begin to write `tensors` (float32; this process's rows of those whose whole `shapes` are given) and the JSON `record`.
 
-        Returns when the tensors may change again. Waits for the save before, and raises its error.
+        Returns when the tensors may change again: they are copied to the CPU's memory one by one. Waits for the save before,
+        and raises its error.
         """
         self.finish()
         final = self.folder / f"stage-{record['stage']}-step-{record['step']:08d}"
         record = {"schema": 1, **record, "tensors": {name: list(shapes[name]) for name in tensors}}
         self.world.once(lambda: check_space(self.folder, 4 * sum(map(math.prod, shapes.values()))))
+        kept = {name: read(tensor).detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         if self.world.size == 1:
-            kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
             self.writing = [self.threads.submit(self.write_one, final, kept, record)]
         else:
-            self.write_shards(final, tensors, shapes, record)
+            self.write_shards(final, kept, shapes, record)
 
     def write_one(self, final: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """A whole checkpoint of one process."""
@@ -64,9 +66,6 @@ class Checkpoints:
 
     def write_shards(self, final: Path, tensors: dict[str, Tensor], shapes: Shapes, record: dict[str, Any]) -> None:
         """This process's part of a checkpoint; rank 0 commits when all have written theirs."""
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import async_save
-
         opened: list[AbstractContextManager[Path]] = []
 
         def begin() -> str:
@@ -75,30 +74,37 @@ class Checkpoints:
 
         path = Path(self.world.once(begin))
         state = {name: self.sharded(tensor, shapes[name]) for name, tensor in tensors.items()}
-        writer = FileSystemWriter(path, sync_files=True)
-        written: Any = async_save(state, storage_writer=writer, process_group=self.world.saving)
-        self.writing = [written]
-        if self.world.first:
-            self.writing.append(self.threads.submit(self.commit, written, opened[0], path, record))
+        self.writing = [self.threads.submit(self.write_shard, path, state, record, *opened)]
 
-    def commit(self, written: "Future[Any]", opened: AbstractContextManager[Path], path: Path, record: dict[str, Any]) -> None:
-        """Rank 0: wait for the data of all processes, add the manifest, and give the folder its name."""
+    def write_shard(
+        self, path: Path, state: dict[str, Any], record: dict[str, Any], opened: AbstractContextManager[Path] | None = None
+    ) -> None:
+        """Write the shards of `state`. Rank 0, which has `opened` the folder, adds the manifest and gives it its name."""
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)  # a new thread begins with the first device
         try:
-            written.result()
-            write_manifest(path, record)
+            # Returns when all processes have written.
+            save(state, storage_writer=FileSystemWriter(path, sync_files=True), process_group=self.world.saving)
+            if opened is not None:
+                write_manifest(path, record)
         except BaseException as error:
-            opened.__exit__(type(error), error, error.__traceback__)
+            if opened is not None:
+                opened.__exit__(type(error), error, error.__traceback__)
             raise
-        opened.__exit__(None, None, None)
-        drop_old(self.folder)
+        if opened is not None:
+            opened.__exit__(None, None, None)
+            drop_old(self.folder)
 
     def sharded(self, local: Tensor, shape: tuple[int, ...]) -> Any:
-        """The DTensor of which `local` holds this process's rows."""
+        """The DTensor of which `local`, in the CPU's memory, holds this process's rows."""
         from torch.distributed.tensor import DTensor, Shard
 
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return DTensor.from_local(
-            local.detach(), self.world.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+            local, self.world.host_mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
         )
 
     def finish(self) -> None:
@@ -108,8 +114,11 @@ class Checkpoints:
         if self.world.any(error is not None):
             raise error or fail("R406", where="checkpoint", why="another process could not write it", fix="See its message")
 
-    def last(self, stage: int, device: torch.device | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, record) of the newest checkpoint of `stage` whose hashes are right, this process's rows; or None."""
+    def last(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """(tensors, record) of the newest checkpoint of `stage` whose hashes are right, this process's rows; or None.
+
+        The tensors are in the CPU's memory.
+        """
         found = self.world.once(lambda: newest(self.folder, stage))
         if found is None:
             return None
@@ -118,9 +127,9 @@ class Checkpoints:
             entries = read_header(path / TENSORS)
             rows = {name: rows_of(entry.shape[0], self.world) for name, entry in entries.items()}
             return {name: torch.from_numpy(np.array(read_raw(entry)[rows[name]])) for name, entry in entries.items()}, record
-        return self.read_shards(path, {name: tuple(shape) for name, shape in record["tensors"].items()}, device), record
+        return self.read_shards(path, {name: tuple(shape) for name, shape in record["tensors"].items()}), record
 
-    def read_shards(self, path: Path, shapes: Shapes, device: torch.device | None) -> dict[str, Tensor]:
+    def read_shards(self, path: Path, shapes: Shapes) -> dict[str, Tensor]:
         """This process's rows of a checkpoint that several processes wrote."""
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
@@ -128,7 +137,7 @@ class Checkpoints:
         local = {}
         for name, shape in shapes.items():
             rows = rows_of(shape[0], self.world)
-            local[name] = torch.empty(rows.stop - rows.start, *shape[1:], device=device)
+            local[name] = torch.empty(rows.stop - rows.start, *shape[1:])
         alone = self.world.size == 1
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads what several wrote
         state = local if alone else {name: self.sharded(tensor, shapes[name]) for name, tensor in local.items()}

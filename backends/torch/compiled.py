@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 # Graphs that one layer's code may have: mixers, with and without gradients, first layer and others, batch shapes.
@@ -11,10 +12,11 @@ GRAPHS = 64
 
 
 @contextmanager
-def compiled_layers(*models: nn.Module, wanted: bool = True, **options: Any) -> Iterator[None]:
+def compiled_layers(*models: nn.Module, wanted: bool = True, by_part: bool = False, **options: Any) -> Iterator[None]:
     """Compile every decoder layer of `models` while the block runs; parameters and names stay as they are.
 
-    `options` go to torch.compile. Not `wanted`: nothing happens. A layer that cannot be one graph raises where it is run.
+    With `by_part` each norm, mixer and feed-forward is compiled by itself: what FSDP does before and after them stays between.
+    `options` go to torch.compile. Not `wanted`: nothing happens. What cannot be one graph raises where it is run.
     """
     if not wanted:
         yield
@@ -23,17 +25,22 @@ def compiled_layers(*models: nn.Module, wanted: bool = True, **options: Any) -> 
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     layers: list[Any] = [layer for model in models for layer in layers_of(model)]
-    for layer in layers:
+    parts: list[Any] = [part for layer in layers for part in layer.children()] if by_part else []
+    for part in parts:
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False, **options)
+    for layer in layers if not by_part else ():
         layer.compile(fullgraph=True, dynamic=False, **options)
     try:
         yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+        for part in parts:
+            del part.forward
 
 
 def layers_compiled(model: nn.Module) -> bool:
-    """Whether the layers of `model` are compiled now."""
+    """Whether the layers of `model` are compiled now, each as a whole."""
     return all(layer._compiled_call_impl is not None for layer in layers_of(model))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from radlads.backends.torch.kernels.adamw import adamw_, adamw_has_kernel
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.moments import SmallAdamW, read
+from radlads.backends.torch.moments import Packed, SmallAdamW
 from radlads.recipe import Stage
 from radlads.schedule import learning_rate
 
@@ -131,14 +131,14 @@ class Optimizer:
         peaks = {"base": (stage.lr, stage.lr_final), "mixer": (stage.mixer_lr, stage.mixer_lr_final)}
         return {name: learning_rate(stage, number, number * per_step, per_step, *ends) for name, ends in peaks.items()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Masters and both moments by name, for a checkpoint; empty moments before the first step."""
-        found = {}
+    def tensors(self) -> dict[str, Tensor | Packed]:
+        """Masters and both moments by name, as they are kept, for a checkpoint; no moments before the first step."""
+        found: dict[str, Tensor | Packed] = {}
         for name, master in self.masters.items():
             found[f"master.{name}"] = master.detach()
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment in self.adam.state.get(master, {}):
-                    found[f"{moment}.{name}"] = read(self.adam.state[master][moment])
+                    found[f"{moment}.{name}"] = self.adam.state[master][moment]
         return found
 
     @torch.no_grad()

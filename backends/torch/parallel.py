@@ -6,6 +6,8 @@ A teacher is whole on every GPU, sharded, or sharded in the memory of the CPU. U
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -37,6 +39,8 @@ class Task(nn.Module):
         self.trained = nn.ModuleList(mixers_of(student)) if stage.kind == "align" else student
         self.units: list[Any] = []
         self.gathered_once = True
+        # Whether mixers and feed-forwards are to keep no activations (see `recomputed`).
+        self.recomputes = False
 
     @property
     def student(self) -> Model:
@@ -110,6 +114,9 @@ def spread(task: Task, how: Parallel, world: World, precision: str) -> None:
     task.units = mixers_of(task.student) if align else units_of(task.student)
     for unit in task.units:
         fully_shard(unit, mesh=world.mesh, reshard_after_forward=not task.gathered_once, mp_policy=policy)
+    for unit, following in pairwise(task.units):
+        # Asked for one unit early, weights are there when their turn comes, even where the GPU waits for Python.
+        unit.set_modules_to_forward_prefetch([following])
     fully_shard(task, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=own)
 
 
@@ -126,12 +133,12 @@ def build_task(
 
     With `own_head` a tied student gets a head of its own that begins as its embedding.
     """
+    recomputes = how.recompute == "always" and stage.kind != "align"
     if world.size == 1:
         model = student if isinstance(student, Model) else load_on(student, world, precision)
         model = untied(model) if own_head else model
         task = Task(stage, model.to(world.device), teacher)
-        if how.recompute == "always" and stage.kind != "align":
-            recompute(model)
+        task.recomputes = recomputes
         return task
     spec = replace(student.spec, tie_embeddings=False) if own_head else student.spec
     if how.vocab_heads and spec.tie_embeddings and stage.kind != "align":
@@ -146,20 +153,28 @@ def build_task(
         if any(id(p) not in inside for p in module.parameters(recurse=False)):
             module.to(DTYPES[precision]).to_empty(device="cpu", recurse=False)
     fill(model, student, world)
-    if how.recompute == "always" and stage.kind != "align":
-        recompute(model)
+    task.recomputes = recomputes
     return task
 
 
-def recompute(model: Model) -> None:
-    """Keep no activations inside mixers and feed-forwards: the backward pass computes them again.
+@contextmanager
+def recomputed(model: Model, wanted: bool = True) -> Iterator[None]:
+    """While the block runs, keep no activations inside mixers and feed-forwards: the backward pass computes them again.
 
     Not so for the first recurrent mixer, which hands `v_first` to the others while it runs.
     """
     first = mixers_of(model)[:1]
-    for unit in units_of(model):
-        if not any(unit is module for module in first):
-            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+    units = [unit for unit in units_of(model) if not any(unit is module for module in first)] if wanted else []
+    before = [unit.__dict__.get("forward") for unit in units]
+    for unit in units:
+        unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for unit, forward in zip(units, before, strict=True):
+            del unit.forward
+            if forward is not None:
+                unit.forward = forward
 
 
 def load_frozen(folder: ModelFolder, how: Parallel, world: World, precision: str) -> Model:

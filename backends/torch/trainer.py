@@ -17,7 +17,7 @@ from radlads.backends.torch.compiled import compiled_layers
 from radlads.backends.torch.load import DTYPES
 from radlads.backends.torch.objectives import weight
 from radlads.backends.torch.optim import Optimizer, trainable
-from radlads.backends.torch.parallel import Task, local_batch, local_of, sharded
+from radlads.backends.torch.parallel import Task, local_batch, local_of, recomputed, sharded
 from radlads.backends.torch.watchdog import Watchdog
 from radlads.backends.torch.world import World
 from radlads.data.samples import Corpus
@@ -80,14 +80,15 @@ class StageRun:
         """Forward and backward over `samples` in micro-batches; global mean loss and, in step 1, the error of each layer."""
         losses, errors = [], []
         # Every token that counts weighs the same, wherever it is; FSDP then takes the mean over processes.
-        total = max(1, self.world.sum(weight(self.stage, samples))) / self.world.size
         parts = samples.split(self.micro)
-        for index, part in enumerate(parts):
+        weights = [weight(self.stage, part) for part in parts]  # counted now: later the device would be waited for
+        total = max(1, self.world.sum(sum(weights))) / self.world.size
+        for index, (part, counted) in enumerate(zip(parts, weights, strict=True)):
             self.task.before_micro_batch(index == len(parts) - 1)
             loss, layer_error = self.task(part)
-            share = weight(self.stage, part) / total
+            share = counted / total
             if self.split_heads:  # the loss is that of all processes already
-                share = self.world.sum(weight(self.stage, part)) / (total * self.world.size)
+                share = self.world.sum(counted) / (total * self.world.size)
             (loss * share).backward()
             losses.append(loss.detach().float() * share)
             if layer_error is not None:
@@ -183,11 +184,9 @@ def run_stage(
     watchdog = Watchdog(run.stacks, world.rank, run.recipe.parallel.hang_timeout)
     task.train()
     models = [model for model in task.pair if model is not None]
-    alone = world.size == 1 and world.device.type == "cuda"
-    recomputed = run.recipe.parallel.recompute == "always"
-    wanted = run.recipe.parallel.compile == "auto" and alone and not recomputed
+    wanted, again = run.recipe.parallel.compile == "auto" and world.device.type == "cuda", task.recomputes
     try:
-        with compiled_layers(*models, wanted=wanted):
+        with compiled_layers(*models, wanted=wanted, by_part=world.size > 1 or again), recomputed(task.student, again):
             return steps(parts, parts.resume(), report, stopping, watchdog)
     except RuntimeError as error:
         world.lost(error)

@@ -4,6 +4,7 @@ How weights and work are spread over them stands in `parallel`. A run of one pro
 """
 
 import os
+import select
 import sys
 import threading
 import time
@@ -35,7 +36,7 @@ class World:
         self._control: Any = None
         self._saving: Any = None
         self._leaving = threading.Event()
-        self._mesh: Any = None
+        self._meshes: dict[str, Any] = {}
 
     @property
     def first(self) -> bool:
@@ -45,11 +46,20 @@ class World:
     @property
     def mesh(self) -> Any:
         """All processes as a one-dimensional DeviceMesh; FSDP shards over it."""
-        if self._mesh is None:
+        return self.mesh_of(self.device.type)
+
+    @property
+    def host_mesh(self) -> Any:
+        """The same for tensors in the CPU's memory: a DTensor of the other mesh would move them to its devices."""
+        return self.mesh_of("cpu")
+
+    def mesh_of(self, kind: str) -> Any:
+        """All processes as a mesh of devices of one kind, made when it is first asked for, which all processes must do."""
+        if kind not in self._meshes:
             from torch.distributed.device_mesh import init_device_mesh
 
-            self._mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        return self._mesh
+            self._meshes[kind] = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
+        return self._meshes[kind]
 
     @property
     def saving(self) -> Any:
@@ -81,17 +91,25 @@ class World:
         port = self.share(store.port if store is not None else 0)
         store = store or TCPStore(host, port, is_master=False, wait_for_workers=False)
         store.set(f"beat-{self.rank}", "0")
+        store.set(f"process-{self.rank}", f"{machine()} {os.getpid()}")
         self.barrier()  # reading a key that is not there yet would wait for it
         self._leaving.set()
         self._leaving = threading.Event()
         threading.Thread(target=self.watch, args=(store, self._leaving, gone), name="lookout", daemon=True).start()
 
     def watch(self, store: Any, leaving: threading.Event, gone: float) -> None:
-        """Give a sign of life every now and then, and end this process when another one has given none for too long."""
+        """Give a sign of life every now and then, and end this process when another one is gone or has given none for too long.
+
+        Of a process on the same machine the kernel says at once that it is gone, before a launcher ends those that are left.
+        """
         heard: dict[int, tuple[bytes, float]] = {}
-        count = 0
+        count, neighbours = 0, self.neighbours(store)
         while not leaving.wait(BEAT):
             count += 1
+            for rank in (rank for rank, handle in neighbours.items() if has_ended(handle)):
+                # A moment for this process to see it by itself, and to say it better.
+                if not leaving.wait(BEAT * 3):
+                    self.end(leaving, f"rank {rank} is gone")
             try:
                 store.set(f"beat-{self.rank}", str(count))
                 for rank in range(self.size):
@@ -101,9 +119,23 @@ class World:
                     elif now - heard[rank][1] > gone:
                         self.end(leaving, f"rank {rank} has given no sign of life for {gone:.0f} s")
             except RuntimeError:
-                # The store is rank 0's. A moment for this process to see it by itself, and to say it better.
+                # The store is rank 0's.
                 if not leaving.wait(BEAT * 5):
                     self.end(leaving, "rank 0 is gone")
+        for handle in neighbours.values():
+            os.close(handle)
+
+    def neighbours(self, store: Any) -> dict[int, int]:
+        """Handles of the other processes on this machine, by rank; none where the kernel has no such handles."""
+        found: dict[int, int] = {}
+        for rank in range(self.size):
+            where, _, pid = store.get(f"process-{rank}").decode().rpartition(" ")
+            if sys.platform == "linux" and hasattr(os, "pidfd_open") and rank != self.rank and where == machine():
+                try:
+                    found[rank] = os.pidfd_open(int(pid))
+                except OSError:  # gone already, or forbidden: its signs of life tell
+                    continue
+        return found
 
     def end(self, leaving: threading.Event, why: str) -> None:
         """Say what happened and end this process, whatever it is waiting for."""
@@ -120,7 +152,8 @@ class World:
             self._leaving.set()
             self.barrier()  # nobody takes down the store while another still looks
             dist.destroy_process_group()
-            self._control = self._saving = self._mesh = None
+            self._control = self._saving = None
+            self._meshes.clear()
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""
@@ -194,6 +227,22 @@ class World:
             fix = "Run the same command again: it goes on from the last checkpoint"
             raise fail("R406", where=f"rank {self.rank} of {self.size}", why=why, fix=fix) from error
         raise error
+
+
+def machine() -> str:
+    """What two processes have in common that can see one another: the start of the kernel, and the table of processes."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as boot:
+            return f"{boot.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def has_ended(handle: int) -> bool:
+    """Whether the process of a handle has ended, be it that nobody has asked for its status yet."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def join_world(device: str | None = None) -> World:
