@@ -80,15 +80,14 @@ class StageRun:
         """Forward and backward over `samples` in micro-batches; global mean loss and, in step 1, the error of each layer."""
         losses, errors = [], []
         # Every token that counts weighs the same, wherever it is; FSDP then takes the mean over processes.
+        total = max(1, self.world.sum(weight(self.stage, samples))) / self.world.size
         parts = samples.split(self.micro)
-        weights = [weight(self.stage, part) for part in parts]  # counted now: later the device would be waited for
-        total = max(1, self.world.sum(sum(weights))) / self.world.size
-        for index, (part, counted) in enumerate(zip(parts, weights, strict=True)):
+        for index, part in enumerate(parts):
             self.task.before_micro_batch(index == len(parts) - 1)
             loss, layer_error = self.task(part)
-            share = counted / total
+            share = weight(self.stage, part) / total
             if self.split_heads:  # the loss is that of all processes already
-                share = self.world.sum(counted) / (total * self.world.size)
+                share = self.world.sum(weight(self.stage, part)) / (total * self.world.size)
             (loss * share).backward()
             losses.append(loss.detach().float() * share)
             if layer_error is not None:
