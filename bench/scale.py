@@ -1,18 +1,23 @@
 """Times and checks training on several GPUs of one host against one GPU, and against `radlads plan`.
 
-Run: python bench/scale.py [--gpus 2] [--checks equal,scale,whole,kill,sequence] [--steps 20] [--shape qwen2.5-7b] [--layers N]
-Starts its own processes, over NCCL where there are GPUs, over gloo on a CPU (--cpu: tiny shapes, to see that it works).
-equal: fp32 losses and gradient norms of N GPUs against 1 on the same global batch. scale: tok/s per GPU of 1 and N at the
-same micro-batch, steps 1 and 2, with the share of time in communication. whole: every layer of the shape, memory and tok/s
-against the plan. kill: kill -9 of one process at a step and in a save, then resume on N and on 1. sequence: one long sequence
-split over N. Prints one JSON line a result, and the table last.
+Run: python bench/scale.py [--gpus 2] [--only equal,kill,sequence,scale,whole] [--shape qwen2.5-7b] [--out results.jsonl]
+Starts its own processes, over NCCL where there are GPUs, over gloo on a CPU (--cpu: tiny shapes, to see that it works). Every
+run is the trainer's own (`run_stage`), on random weights and tokens that are the same for any number of processes.
+equal: fp32 losses and gradient norms of N GPUs against 1 on the same global batch. scale: tok/s of N and 1 at the same
+micro-batch, and the share of time in communication. whole: step 2 of every layer, memory and tok/s. kill: kill -9 of a process
+at a step and in a save, then resume on N and on 1. sequence: one long sequence split over N. All with plan beside actual.
+Prints one JSON line a result, and the table last; `--table results.jsonl` prints the table of earlier results.
 """
 import argparse
 import json
 import os
+import queue
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,174 +26,193 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
-         "vocab_size": 512}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
+        "vocab_size": 512}
+CHECKS = ("equal", "kill", "sequence", "scale", "whole")
+PROFILED = 3  # steps at the end of a run whose communication is looked at, and which are not timed
+Job = dict[str, Any]
 
 
-def spec_of(shape: str, layers: int | None, cpu: bool) -> Any:
-    from radlads.shapes import SHAPES
-    found = SHAPES[shape]
-    if cpu:
-        found = replace(found, mixers=(), **SMALL)
-    return found if layers is None or cpu else replace(found, num_layers=min(layers, found.num_layers), mixers=())
+# ---- one process ----
 
 
-def recipe_of(kind: str, job: dict[str, Any]) -> Any:
+def work(jobs: list[Job]) -> None:
+    """One process of a group: its part of each job in turn. Rank 0 prints what comes of each."""
+    from radlads.backends.torch.world import join_world
+    from radlads.errors import RadladsError
+
+    world = join_world("cpu" if jobs[0]["cpu"] else None)
+    for job in jobs:
+        try:
+            found = train(job, world)
+        except RadladsError as error:
+            sys.exit(f"error: {error}")
+        if world.first:
+            print("RESULT " + json.dumps(found), flush=True)
+    world.leave()
+
+
+def train(job: Job, world: Any) -> dict[str, Any]:
+    """Run one job, and say what it took."""
+    import torch
+
+    from radlads import costs
+    from radlads.backends.torch import parallel
+    from radlads.backends.torch.trainer import run_stage
+    from radlads.cli.train import open_run
     from radlads.recipe import Recipe
-    T, batch = job["seq_len"], job["batch"]
-    stage = {"kind": kind, "tokens": job["steps"] * T * batch, "seq_len": T, "batch_size": batch, "micro_batch": job["micro"],
-             "lr": 1e-5, "warmup_steps": 1, "save_every": job.get("save_every", 0)}
-    return Recipe(name="bench", teacher="t", data={"train": ["a"], "valid": ["a"]}, precision=job["precision"], stages=[stage],
-                  parallel=job.get("parallel", {}))
+    from radlads.runs import read_metrics
+
+    on_gpu = world.device.type == "cuda"
+    torch.set_float32_matmul_precision("highest" if job["precision"] == "float32" else "high")
+    spec = spec_of(job)
+    student = spec.as_student(job["arch"])
+    stage = {"kind": job["kind"], "tokens": job["steps"] * job["seq_len"] * job["batch"], "seq_len": job["seq_len"], "lr": 1e-5,
+             "batch_size": job["batch"], "micro_batch": job["micro"], "warmup_steps": 1, "save_every": job.get("save_every", 0)}
+    how = {"compile": job.get("compile", "auto"), **job.get("parallel", {})}
+    recipe = Recipe(name="bench", teacher="t", data={"train": ["a"], "valid": ["a"]}, precision=job["precision"], stages=[stage],
+                    parallel=how)
+    name = torch.cuda.get_device_name() if on_gpu else "cpu"
+    gpu = costs.gpu_called(name) if on_gpu else None
+    way = costs.ways_of(recipe, spec, student, world.size, gpu)[job["kind"]]
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    parallel.fill, parallel.load_on = random_values, random_whole
+    folders = [type("Folder", (), {"spec": one, "weights": {}})() for one in (spec, student)]
+    teacher = None if job["kind"] == "lm" else parallel.load_frozen(folders[0], way, world, job["precision"])
+    (planned,) = recipe.stages
+    task = parallel.build_task(planned, folders[1], teacher, way, world, job["precision"])
+    built = time.perf_counter() - began
+    look = Look(job, world, on_gpu)
+    with open_run(Path(job["folder"]), recipe, "auto", world) as run:
+        run_stage(planned, task, Tokens(spec.V, planned.seq_len), run, look.step, world=world)
+        communication = look.communication()
+    world.barrier()
+    steps = [r for r in read_metrics(job["folder"]) if r["kind"] == "train"]
+    timed = sorted(r["step_s"] for r in steps[len(steps) // 3 : len(steps) - PROFILED * look.wanted])
+    told = ("check", "kind", "shape", "precision", "micro", "seq_len")
+    result: dict[str, Any] = {key: job[key] for key in told} | {"layers": spec.L, "processes": world.size, "device": name}
+    result |= {"layout": way.layout, "teacher": way.teacher, "recompute": way.recompute, "moments": way.moments}
+    result |= {"steps": len(steps), "build_s": round(built, 1), "first_step_s": steps[0]["step_s"]}
+    result |= {"step_s": timed[len(timed) // 2], "saved_s": [round(s, 2) for s in look.saved]}
+    result |= {"losses": [r["loss"] for r in steps], "norms": [r["grad_norm"] for r in steps]}
+    result["tok_s_per_gpu"] = planned.tokens_per_step / result["step_s"] / world.size
+    if on_gpu:
+        result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+    if gpu is not None:
+        plan = costs.plan_stage(planned, spec, student, way, world.size, gpu, job["precision"])
+        result |= {"planned_gib": plan.peak_gib, "planned_step_s": plan.seconds / plan.steps}
+        result["mfu"] = plan.flops_per_token * result["tok_s_per_gpu"] / gpu.flops
+    return result | communication
 
 
-class Random:
-    """Synthetic tokens by position: the same for any number of processes."""
+def spec_of(job: Job) -> Any:
+    from radlads.shapes import SHAPES
+
+    found = SHAPES[job["shape"]]
+    if job["cpu"]:
+        return replace(found, mixers=(), **TINY)
+    return replace(found, num_layers=job["layers"] or found.num_layers, mixers=())
+
+
+class Tokens:
+    """Random tokens by position."""
 
     def __init__(self, vocab: int, T: int) -> None:
         self.vocab, self.T = vocab, T
 
-    def samples(self, *_: object) -> "Random":
+    def samples(self, *_: object) -> "Tokens":
         return self
 
     def batch(self, first: int, count: int) -> Any:
         import numpy as np
+
         rows = [np.random.default_rng(index).integers(0, self.vocab, self.T + 1) for index in range(first, first + count)]
         return np.stack(rows).astype(np.int64)
 
 
-def models(spec: Any, student: Any, way: Any, world: Any, precision: str, kind: str) -> tuple[Any, Any]:
-    """Random teacher and task, made on the device: no rank ever holds a whole model that it does not keep."""
+def random_values(model: Any, _: Any, world: Any) -> None:
+    """Weights by name, the same for any number of processes; instead of a folder's (radlads.backends.torch.parallel.fill)."""
+    import zlib
+
     import torch
 
     from radlads.backends.torch import parallel
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            local = parallel.local_of(p)
+            if not parallel.sharded(p) and local.device.type != world.device.type:
+                continue  # in step 1 the rest of the student waits in the CPU's memory, and nothing reads it
+            if name.endswith("norm.weight"):
+                local.fill_(1)
+            elif name.endswith(".w0"):
+                local.fill_(-3)
+            else:
+                drawn = torch.Generator(world.device).manual_seed(zlib.crc32(name.encode()))
+                whole = torch.empty(p.shape, device=world.device).normal_(0, 0.02, generator=drawn)
+                local.copy_(whole[parallel.rows_of(p.shape[0], world)] if parallel.sharded(p) and world.size > 1 else whole)
+
+
+def random_whole(folder: Any, world: Any, precision: str) -> Any:
+    """A whole model of random weights on this process's device (radlads.backends.torch.parallel.load_on)."""
+    import torch
+
     from radlads.backends.torch.load import DTYPES
     from radlads.backends.torch.model import Model
 
-    def values(model: Any, *_: object) -> None:
-        generator = torch.Generator(device=world.device).manual_seed(1)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                local = parallel.local_of(p)
-                if name.endswith("norm.weight"):
-                    local.fill_(1)
-                elif name.endswith(".w0"):
-                    local.fill_(-3)
-                elif local.device.type == world.device.type and not job_exact():
-                    local.normal_(0, 0.02, generator=generator)
-                else:  # the same numbers whatever the number of processes
-                    whole = torch.Generator().manual_seed(abs(hash_of(name)))
-                    drawn = torch.randn(p.shape, generator=whole) * 0.02
-                    rows = parallel.rows_of(p.shape[0], world) if parallel.sharded(p) and world.size > 1 else slice(None)
-                    local.copy_(drawn[rows])
-
-    parallel.fill = values  # random weights instead of a folder's
-    folder = type("Folder", (), {"spec": spec, "weights": {}})()
-    made = type("Folder", (), {"spec": student, "weights": {}})()
-    def whole(folder: Any, world: Any, precision: str) -> Any:
-        with torch.device("meta"):
-            model = Model(folder.spec).to(DTYPES[precision])
-        model = model.to_empty(device=world.device)
-        values(model)
-        return model.eval()
-    parallel.load_on = whole
-    teacher = None if kind == "lm" else parallel.load_frozen(folder, way, world, precision)
-    stage = recipe_of(kind, JOB).stages[0]
-    return parallel.build_task(stage, made, teacher, way, world, precision), stage
+    with torch.device("meta"):
+        model = Model(folder.spec).to(DTYPES[precision])
+    model = model.to_empty(device=world.device)
+    random_values(model, folder, world)
+    return model.eval()
 
 
-def hash_of(name: str) -> int:
-    import zlib
-    return zlib.crc32(name.encode())
+class Look:
+    """Sees every step of a run: says so on rank 0, profiles the last ones, and notes how long saves hold training up."""
 
+    def __init__(self, job: Job, world: Any, on_gpu: bool) -> None:
+        from radlads.backends.torch.checkpoint import Checkpoints
 
-def job_exact() -> bool:
-    return bool(JOB.get("exact"))
+        self.job, self.world = job, world
+        self.wanted = bool(job.get("communication")) and on_gpu
+        self.profile: Any = None
+        self.saved: list[float] = []
+        save = Checkpoints.__dict__.get("plain_save", Checkpoints.save)
 
+        def timed(checkpoints: Any, *arguments: Any) -> None:
+            began = time.perf_counter()
+            save(checkpoints, *arguments)
+            self.saved.append(time.perf_counter() - began)
 
-JOB: dict[str, Any] = {}
+        Checkpoints.plain_save, Checkpoints.save = save, timed  # type: ignore[attr-defined,method-assign]
 
+    def step(self, progress: Any) -> None:
+        if self.world.first:
+            print(f"STEP {progress.step} {progress.loss!r}", flush=True)
+        if self.wanted and self.world.first and progress.step == self.job["steps"] - PROFILED:
+            from torch.profiler import ProfilerActivity, profile
 
-def worker(job: dict[str, Any]) -> None:
-    """One process of one measurement; rank 0 prints the result."""
-    import torch
+            self.profile = profile(activities=[ProfilerActivity.CUDA])
+            self.profile.start()
 
-    from radlads import costs
-    from radlads.backends.torch.trainer import StageRun
-    from radlads.backends.torch.world import World, join_world
-    from radlads.runs import Run
+    def communication(self) -> dict[str, float]:
+        """Shares of the profiled steps: in collectives, in collectives while nothing else ran, and in which nothing ran."""
+        if self.profile is None:
+            return {}
+        import torch
 
-    JOB.update(job)
-    if job["precision"] == "float32":
-        torch.backends.cuda.matmul.allow_tf32 = False
-    world = join_world("cpu" if job["cpu"] else None)
-    spec = spec_of(job["shape"], job["layers"], job["cpu"])
-    student = spec.as_student(job["arch"])
-    recipe = recipe_of(job["kind"], job)
-    name = "cpu" if job["cpu"] else torch.cuda.get_device_name()
-    gpu = None if job["cpu"] else costs.gpu_called(name)
-    way = costs.ways_of(recipe, spec, student, world.size, gpu)[job["kind"]]
-    task, stage = models(spec, student, way, world, job["precision"], job["kind"])
-    run = Run(Path(job["folder"]), recipe, False)
-    corpus: Any = Random(spec.V, stage.seq_len)
-    parts = StageRun(stage, task, corpus, run, world)
-    first = parts.resume() if job.get("resume") else 0
-    task.train()
-    losses, norms, times = [], [], []
-    on_gpu = world.device.type == "cuda"
-    for step in range(first, job["steps"]):
-        began = time.perf_counter()
-        loss, _ = parts.gradients(parts.samples(step))
-        _, norm = parts.update(step)
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        losses.append(loss)
-        norms.append(norm)
-        if world.first:
-            print(f"STEP {step + 1} {loss!r}", flush=True)
-        if stage.save_every and (step + 1) % stage.save_every == 0:
-            parts.save(step + 1)
-    parts.checkpoints.finish()
-    steady = sorted(times[min(5, len(times) // 2):])
-    told = ("check", "kind", "shape", "layers", "precision", "arch", "micro", "seq_len")
-    result: dict[str, Any] = {key: job[key] for key in told}
-    result |= {"processes": world.size, "device": name, "layout": way.layout, "teacher": way.teacher, "losses": losses[:20],
-               "norms": norms[:20], "first": first, "step_s": steady[len(steady) // 2]}
-    result["tok_s_per_gpu"] = stage.tokens_per_step / result["step_s"] / world.size
-    if on_gpu:
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    if gpu is not None:
-        plan = costs.plan_stage(stage, spec, student, way, world.size, gpu, job["precision"])
-        result |= {"planned_gib": plan.peak_gib, "planned_step_s": plan.seconds / plan.steps}
-        result["mfu"] = plan.flops_per_token * result["tok_s_per_gpu"] / gpu.flops
-    if job.get("communication"):
-        result["communication"] = communication_share(parts, job["steps"], on_gpu)
-    world.barrier()
-    if world.first:
-        print("RESULT " + json.dumps(result), flush=True)
-    if isinstance(world, World):
-        world.leave()
-
-
-def communication_share(parts: Any, step: int, on_gpu: bool) -> dict[str, float]:
-    """Of two steps under the profiler: time in collectives' kernels, and the part of it in which nothing else ran."""
-    if not on_gpu:
-        return {}
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for more in range(2):
-            parts.gradients(parts.samples(step + more))
-            parts.update(step + more)
         torch.cuda.synchronize()
-    spans = [(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in found.events()]
-    busy = union([(a, b) for a, b, nccl in spans if not nccl])
-    collective = union([(a, b) for a, b, nccl in spans if nccl])
-    both = union([(a, b) for a, b, _ in spans])
-    whole = max(b for _, b, _ in spans) - min(a for a, _, _ in spans)
-    return {"collectives": collective / whole, "exposed": (both - busy) / whole, "idle": 1 - both / whole}
+        self.profile.stop()
+        kernels = [e for e in self.profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        spans = [(e.time_range.start, e.time_range.end, e.name.lower().startswith("nccl")) for e in kernels]
+        busy = union([(a, b) for a, b, nccl in spans if not nccl])
+        both = union([(a, b) for a, b, _ in spans])
+        whole = max(b for _, b, _ in spans) - min(a for a, _, _ in spans)
+        collective = union([(a, b) for a, b, nccl in spans if nccl])
+        return {"collectives": collective / whole, "exposed": (both - busy) / whole, "idle": 1 - both / whole}
 
 
 def union(spans: list[tuple[float, float]]) -> float:
@@ -200,77 +224,249 @@ def union(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def start(job: dict[str, Any], processes: int) -> list[subprocess.Popen[str]]:
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-               "OMP_NUM_THREADS": 1, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        command = [sys.executable, __file__, "--worker", json.dumps(job)]
-        out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        err = open(Path(job["folder"]) / f"err{rank}.txt", "w")
-        started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err, text=True))
-    return started
+# ---- groups of processes ----
 
 
-def measure(job: dict[str, Any], processes: int, limit: float = 400) -> dict[str, Any]:
-    """The result of one job on `processes` GPUs; its last words where it failed."""
-    Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-    started = start(job, processes)
-    try:
-        out, _ = started[0].communicate(timeout=limit)
-        for process in started[1:]:
-            process.wait(60)
-    except subprocess.TimeoutExpired:
-        out = ""
-    finally:
-        for process in started:
+class Group:
+    """Processes on the GPUs from `first` on, that do some jobs one after the other."""
+
+    def __init__(self, jobs: list[Job], processes: int, first: int = 0) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder = Path(tempfile.mkdtemp(prefix="group-", dir=jobs[0]["place"]))
+        self.processes: list[subprocess.Popen[str]] = []
+        for rank in range(processes):
+            own: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+                                   "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+            if processes == 1:
+                own["CUDA_VISIBLE_DEVICES"] = first
+            environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
+            with (self.folder / f"err{rank}.txt").open("w") as err:
+                self.processes.append(subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(jobs)], env=environment,
+                                                       stdout=subprocess.PIPE, stderr=err, text=True))
+        self.lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self) -> None:
+        out = self.processes[0].stdout
+        for line in out or ():
+            self.lines.put(line)
+        self.lines.put("")
+
+    def until(self, begins: str, seconds: float) -> str | None:
+        """The next line that begins so; None when the processes end first, or have not come there in time."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                line = self.lines.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if not line:
+                return None
+            if line.startswith(begins):
+                return line[len(begins) :].strip()
+        return None
+
+    def words(self, rank: int, lines: int = 3) -> list[str]:
+        """The last lines that a process wrote to its standard error."""
+        return (self.folder / f"err{rank}.txt").read_text(errors="replace").strip().splitlines()[-lines:]
+
+    def end(self) -> None:
+        for process in self.processes:
             process.kill()
-    lines = [line for line in (out or "").splitlines() if line.startswith("RESULT ")]
-    if lines:
-        return dict(json.loads(lines[-1][7:]))
-    words = [(Path(job["folder"]) / f"err{rank}.txt").read_text().strip().splitlines()[-3:] for rank in range(processes)]
-    return {"check": job["check"], "kind": job["kind"], "processes": processes, "failed": words}
+            process.wait()
 
 
-def killed(job: dict[str, Any], processes: int) -> list[dict[str, Any]]:
-    """kill -9 of the last process at a step and in a save; then resume on all and on one; losses against an uninterrupted run."""
-    whole = measure({**job, "folder": job["folder"] + "/whole"}, processes)
+def measure(jobs: list[Job], processes: int, first: int = 0, limit: float = 240) -> list[dict[str, Any]]:
+    """The results of jobs on `processes` GPUs, in one group unless one fails: the rest goes on in another."""
     results: list[dict[str, Any]] = []
-    own = {**job, "folder": job["folder"] + "/killed", "resume": True}
-    Path(own["folder"]).mkdir(parents=True, exist_ok=True)
-    for moment in ("step", "save"):
-        started = start(own, processes)
-        assert started[0].stdout is not None
-        for line in started[0].stdout:
-            # A step is printed before the save that follows it.
-            if line.startswith("STEP ") and int(line.split()[1]) >= job["save_every"] * 2 - (moment == "step"):
+    while len(results) < len(jobs):
+        group = Group(jobs[len(results) :], processes, first)
+        while len(results) < len(jobs):
+            found = group.until("RESULT ", limit)
+            if found is None:
+                job = jobs[len(results)]
+                time.sleep(2)  # the others may still say why
+                failed = {rank: group.words(rank, 4) for rank in range(processes)}
+                results.append({key: job[key] for key in ("check", "kind", "shape")} | {"processes": processes, "failed": failed})
                 break
-        started[-1].kill()
-        began = time.perf_counter()
-        try:
-            started[0].communicate(timeout=90)
-        except subprocess.TimeoutExpired:
-            pass
-        waited = time.perf_counter() - began
-        for process in started:
-            process.kill()
-        words = (Path(own["folder"]) / "err0.txt").read_text().strip().splitlines()
-        results.append({"check": "kill", "moment": moment, "other_ended_after_s": waited, "message": words[-1] if words else ""})
-    import shutil
-    shutil.copytree(own["folder"], own["folder"] + "-1")
-    for count, folder in ((processes, own["folder"]), (1, own["folder"] + "-1")):
-        found = measure({**own, "folder": folder}, count)
-        if "failed" in found or "failed" in whole:
-            results.append(found)
-            continue
-        error = difference(whole["losses"][found["first"]:], found["losses"])
-        results.append({"check": "kill", "resumed_on": count, "from_step": found["first"], "largest_relative_difference": error})
+            results.append(dict(json.loads(found)))
+        else:
+            for process in group.processes:
+                process.wait(60)
+        group.end()
     return results
+
+
+def at_once(*calls: Any) -> list[Any]:
+    """What several functions return that run at the same time."""
+    found: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda i=i, call=call: found.update({i: call()})) for i, call in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[i] for i in range(len(calls))]
+
+
+# ---- what is looked at ----
+
+
+class Bench:
+    """The jobs by check, for one shape on `gpus` GPUs, and their results."""
+
+    def __init__(self, given: argparse.Namespace, place: str) -> None:
+        self.given, self.N, self.cpu, self.place = given, given.gpus, given.cpu, place
+        self.base: Job = {"arch": given.arch, "cpu": given.cpu, "shape": given.shape, "layers": None, "place": place,
+                          "precision": "float32" if given.cpu else "bfloat16", "steps": given.steps}
+        self.results: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+        self.numbers = iter(range(10**6))
+
+    def add(self, *found: dict[str, Any]) -> None:
+        with self.lock:
+            for one in found:
+                self.results.append(one)
+                print(json.dumps(one), flush=True)
+                if self.given.out:
+                    with Path(self.given.out).open("a") as out:
+                        out.write(json.dumps(one) + "\n")
+
+    def job(self, check: str, kind: str, **more: Any) -> Job:
+        length, micro = {"align": (512, 4), "distill": (512, 12), "lm": (65536, 1)}[kind]
+        size = {"seq_len": 256 if kind == "lm" else 64, "micro": min(micro, 2)} if self.cpu else {"seq_len": length, "micro": micro}
+        return {**self.base, "check": check, "kind": kind, **size, "batch": size["micro"],
+                "folder": f"{self.place}/run-{next(self.numbers)}", **more}
+
+    def folders(self, jobs: list[Job], **more: Any) -> list[Job]:
+        return [{**job, "folder": f"{self.place}/run-{next(self.numbers)}", **more} for job in jobs]
+
+    def exact_jobs(self) -> list[Job]:
+        """fp32 on the same global batch."""
+        same = {"precision": "float32", "steps": 4, "micro": 2, "batch": 2 * self.N, "compile": "off"}
+        jobs = [self.job("equal", kind, **same, shape=shape, layers=layers)
+                for shape, layers in (("smollm2-135m", None), (self.given.shape, 4)) for kind in ("align", "distill")]
+        return [*jobs, self.job("equal", "lm", precision="float32", steps=3, shape="smollm2-135m", compile="off",
+                                parallel={"recompute": "always"})]
+
+    def split(self, jobs: list[Job]) -> list[Job]:
+        """Long sequences are split over all processes."""
+        return [{**job, "parallel": {**job.get("parallel", {}), "sequence": {"lm": self.N}}} if job["kind"] == "lm" else job
+                for job in jobs]
+
+    def timed_jobs(self, n: int) -> list[Job]:
+        """bf16 at the same micro-batch on each GPU; step 2 with as many layers as one GPU holds with its optimiser."""
+        jobs = [self.job("scale", kind, layers=self.given.layers if kind == "distill" else None, communication=True)
+                for kind in ("align", "distill")]
+        jobs = [{**job, "batch": job["micro"] * n} for job in jobs]
+        return [*jobs, self.job("sequence", "lm", layers=4, steps=6, parallel={"recompute": "always"}, communication=True)]
+
+    def equal(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
+        """The largest relative differences between one and many processes."""
+        for a, b in zip(one, many, strict=True):
+            if "failed" not in a and "failed" not in b:
+                self.add({"check": "equal", "kind": a["kind"], "shape": a["shape"], "layers": a["layers"], "precision": a["precision"],
+                          "loss_difference": difference(a["losses"], b["losses"]),
+                          "norm_difference": difference(a["norms"], b["norms"])})
+
+    def speed(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
+        """How many times as fast many are as one."""
+        for a, b in zip(one, many, strict=True):
+            if "failed" not in a and "failed" not in b:
+                times = self.N * b["tok_s_per_gpu"] / a["tok_s_per_gpu"]
+                found = {"check": a["check"], "kind": a["kind"], "shape": a["shape"], "layers": a["layers"], "times": times}
+                if a["check"] == "sequence":
+                    found |= {"loss_difference": difference(a["losses"], b["losses"])}
+                self.add(found | {"of": self.N})
+
+    def kill(self, precision: str) -> None:
+        """kill -9 at a step and in a save; resume on all and on one; losses against an uninterrupted run."""
+        layers = None if self.cpu else 8
+        job = self.job("kill", "distill", shape="smollm2-135m", layers=layers, steps=16, save_every=4, micro=2, batch=2 * self.N,
+                       precision=precision, compile="off")
+        own = {**job, "folder": f"{self.place}/killed-{precision}"}
+        (whole,) = measure([{**job, "folder": f"{self.place}/whole-{precision}"}], self.N)
+        self.add(whole)
+        for moment, victim in (("step", self.N - 1), ("save", 0)):
+            self.add({**self.killed(own, moment, victim), "precision": precision})
+        alone = f"{own['folder']}-alone"
+        shutil.copytree(own["folder"], alone)
+        runs = ((self.N, own["folder"]), (1, alone))
+        found = at_once(*(lambda n=n, folder=folder: measure([{**own, "folder": folder}], n) for n, folder in runs))
+        for (n, folder), (result,) in zip(runs, found, strict=True):
+            if "failed" in result or "failed" in whole:
+                self.add(result)
+                continue
+            told = {"check": "kill", "precision": precision, "resumed_on": n, "steps": len(result["losses"])}
+            self.add(told | {"loss_difference": difference(whole["losses"], result["losses"])})
+
+    def killed(self, job: Job, moment: str, victim: int) -> dict[str, Any]:
+        """Kill one process of a run, and see how the others end."""
+        before = checkpoints(job["folder"])
+        group = Group([job], self.N)
+        if moment == "step":
+            while (line := group.until("STEP ", 120)) is not None and int(line.split()[0]) < 2 * job["save_every"] + 2:
+                pass
+        else:
+            group.until("STEP ", 120)
+            end = time.monotonic() + 60
+            while not saving(job["folder"]) and time.monotonic() < end:
+                time.sleep(0.001)
+        in_save = saving(job["folder"])
+        group.processes[victim].kill()
+        began = time.monotonic()
+        survivor = next(rank for rank in range(self.N) if rank != victim)
+        try:
+            status: int | None = group.processes[survivor].wait(90)
+        except subprocess.TimeoutExpired:
+            status = None
+        took = time.monotonic() - began
+        words = [line for line in group.words(survivor, 40) if line.startswith("error")] or group.words(survivor, 1)
+        group.end()
+        return {"check": "kill", "moment": moment, "victim": victim, "in_save": in_save, "ended_after_s": took, "status": status,
+                "message": "".join(words[-1:]), "checkpoints": [before, checkpoints(job["folder"])]}
+
+    def run(self, checks: list[str]) -> None:
+        """Untimed work shares the GPUs, timed work has its GPUs alone."""
+        N = self.N
+        exact = self.exact_jobs() if "equal" in checks else []
+        wanted = [check for check in ("scale", "sequence") if check in checks]
+        timed = {n: [job for job in self.timed_jobs(n) if job["check"] in wanted] for n in (1, N)}
+        one, alone = at_once(lambda: measure(exact, 1, 0), lambda: measure(timed[1], 1, 0 if self.cpu else N - 1))
+        self.add(*one, *alone)
+
+        def pairs() -> None:
+            many = measure(self.split(self.folders(exact)), N)
+            self.add(*many)
+            self.equal(one, many)
+
+        kills = [lambda p=p: self.kill(p) for p in (("float32",) if self.cpu else ("float32", "bfloat16"))]
+        at_once(pairs, *(kills if "kill" in checks else ()))
+        together = measure(self.split(timed[N]), N)
+        self.add(*together)
+        self.speed(alone, together)
+        if "whole" in checks:
+            self.add(*self.whole())
+
+    def whole(self) -> list[dict[str, Any]]:
+        """Step 2 of every layer, with the first setting that fits."""
+        given = dict(text.split("=", 1) for text in self.given.set)
+        micro = int(given.pop("micro", 12))
+        job = self.job("whole", "distill", steps=self.given.whole_steps, communication=True, parallel=given)
+        micro = min(micro, job["micro"])
+        job |= {"batch": job["micro"] * self.N, "micro": micro}
+        return measure([job], self.N, limit=330)
+
+
+def saving(folder: str) -> bool:
+    """Whether a checkpoint is being written."""
+    return any(Path(folder, "checkpoints").glob(".*.partial"))
+
+
+def checkpoints(folder: str) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return sorted(int(path.parent.name.rpartition("-")[2]) for path in Path(folder, "checkpoints").glob("stage-*/manifest.json"))
 
 
 def difference(wanted: list[float], found: list[float]) -> float:
@@ -278,75 +474,49 @@ def difference(wanted: list[float], found: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(found, wanted, strict=True))
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """Results for people."""
+    lines = ["check    kind    n layers  tok/s/GPU   MFU  GiB (reserved) planned   step s planned  what"]
+    for r in results:
+        mfu, nan = r.get("mfu"), float("nan")
+        cells = [f"{r.get(key, nan):7.2f}" for key in ("peak_gib", "reserved_gib", "planned_gib", "step_s", "planned_step_s")]
+        names = ("times", "loss_difference", "norm_difference", "collectives", "exposed", "idle", "precision", "moment", "victim",
+                 "in_save", "ended_after_s", "status", "checkpoints", "message", "resumed_on", "steps", "layout", "teacher",
+                 "recompute", "moments", "micro", "first_step_s", "build_s", "saved_s", "failed")
+        rest = {name: f"{r[name]:.3g}" if isinstance(r[name], float) else r[name] for name in names if r.get(name) not in (None, [])}
+        lines.append(f"{r['check']:8} {r.get('kind', ''):7} {r.get('processes', '')!s:2} {r.get('layers', '')!s:5}"
+                     f"{r.get('tok_s_per_gpu', 0):10.0f} {'' if mfu is None else f'{mfu:.1%}':>6} {' '.join(cells)}  "
+                     + " ".join(f"{name} {value}" for name, value in rest.items()))
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument("--gpus", type=int, default=2)
-    args.add_argument("--checks", default="equal,scale,whole,kill,sequence")
-    args.add_argument("--steps", type=int, default=20)
+    args.add_argument("--only", default=",".join(CHECKS), help="checks, comma-separated")
+    args.add_argument("--steps", type=int, default=20, help="of the timed runs")
+    args.add_argument("--whole-steps", type=int, default=100)
     args.add_argument("--shape", default="qwen2.5-7b")
     args.add_argument("--arch", default="rwkv7")
-    args.add_argument("--layers", type=int, default=4)
+    args.add_argument("--layers", type=int, default=8, help="of the step 2 that one GPU is timed with")
     args.add_argument("--cpu", action="store_true")
-    args.add_argument("--set", action="append", default=[], help="a value of `parallel`: moments=int8")
+    args.add_argument("--set", action="append", default=[], help="of the whole model: micro=3, or a value of `parallel`")
+    args.add_argument("--out", help="file to add results to, a line each")
+    args.add_argument("--table", help="print the table of such a file, and do nothing else")
     args.add_argument("--worker", help=argparse.SUPPRESS)
     given = args.parse_args()
     if given.worker:
-        worker(json.loads(given.worker))
+        work(json.loads(given.worker))
         return
-    N, cpu = given.gpus, given.cpu
-    how = dict(item.split("=", 1) for item in given.set)
-    place = tempfile.TemporaryDirectory(prefix="scale-")
-    base: dict[str, Any] = {"arch": given.arch, "cpu": cpu, "shape": given.shape, "layers": given.layers, "steps": given.steps,
-                            "precision": "float32" if cpu else "bfloat16", "parallel": how}
-    T = {"align": (64, 2) if cpu else (512, 4), "distill": (64, 2) if cpu else (512, 12)}
-    results: list[dict[str, Any]] = []
-
-    def add(found: dict[str, Any]) -> dict[str, Any]:
-        results.append(found)
-        print(json.dumps(found), flush=True)
-        return found
-
-    for check in given.checks.split(","):
-        folder = f"{place.name}/{check}"
-        for kind, (length, micro) in T.items():
-            job = {**base, "check": check, "kind": kind, "seq_len": length, "micro": micro, "folder": f"{folder}-{kind}"}
-            if check == "equal":
-                for shape, layers in (("smollm2-135m", None), (given.shape, given.layers)):
-                    exact = {**job, "shape": shape, "layers": layers, "precision": "float32", "exact": True, "steps": 3,
-                             "micro": 2, "batch": 2 * N}
-                    one, many = (add(measure({**exact, "folder": f"{folder}-{shape}-{kind}-{n}"}, n)) for n in (1, N))
-                    if "failed" not in one and "failed" not in many:
-                        add({"check": "equal", "kind": kind, "shape": shape, "losses": difference(one["losses"], many["losses"]),
-                             "norms": difference(one["norms"], many["norms"])})
-            elif check == "scale":
-                one, many = (add(measure({**job, "batch": micro * n, "communication": True, "folder": f"{folder}-{kind}-{n}"}, n))
-                             for n in (1, N))
-                if "failed" not in one and "failed" not in many:
-                    add({"check": "scale", "kind": kind, "times": N * many["tok_s_per_gpu"] / one["tok_s_per_gpu"], "of": N})
-            elif check == "whole":
-                add(measure({**job, "layers": None, "batch": micro * N, "communication": True}, N))
-            elif check == "kill" and kind == "distill":
-                own = {**job, "shape": "smollm2-135m", "layers": None, "batch": 2 * N, "micro": 2, "steps": 12, "save_every": 4}
-                for precision in ("float32",) if cpu else ("float32", "bfloat16"):
-                    for found in killed({**own, "exact": True, "precision": precision, "folder": folder + precision}, N):
-                        add({**found, "precision": precision})
-            elif check == "sequence" and kind == "distill":
-                long = {**job, "kind": "lm", "seq_len": 256 if cpu else 65536, "micro": 1, "batch": 1, "steps": 3, "exact": True}
-                one = add(measure({**long, "folder": folder + "-1", "parallel": {**how, "recompute": "always"}}, 1))
-                split = {**how, "recompute": "always", "sequence": {"lm": N}}
-                many = add(measure({**long, "folder": folder + "-n", "parallel": split}, N))
-                if "failed" not in one and "failed" not in many:
-                    error = difference(one["losses"], many["losses"])
-                    add({"check": "sequence", "losses": error, "times": one["step_s"] / many["step_s"], "of": N})
-    print("\ncheck     kind     n  layers  tok/s/GPU     MFU  peak GiB  planned  step s  planned  what")
-    for r in results:
-        layers, mfu = r.get("layers") or "all", r.get("mfu")
-        cells = [f"{r.get(key, float('nan')):8.2f}" for key in ("peak_gib", "planned_gib", "step_s", "planned_step_s")]
-        rest = {key: value for key, value in r.items() if (key in (
-            "times", "losses", "norms", "failed", "message", "moment", "resumed_on", "largest_relative_difference",
-            "other_ended_after_s", "communication") and not isinstance(value, list)) or key == "failed"}
-        print(f"{r['check']:9} {r.get('kind', ''):8} {r.get('processes', '')!s:2} {layers!s:6} {r.get('tok_s_per_gpu', 0):10.0f} "
-              f"{'' if mfu is None else f'{mfu:.1%}':>7} {' '.join(cells)}  {rest or ''}")
+    if given.table:
+        print(table([json.loads(line) for line in Path(given.table).read_text().splitlines()]))
+        return
+    with tempfile.TemporaryDirectory(prefix="scale-") as place:
+        bench = Bench(given, place)
+        try:
+            bench.run(given.only.split(","))
+        finally:
+            print("\n" + table(bench.results), flush=True)
 
 
 if __name__ == "__main__":
