@@ -100,7 +100,8 @@ def train(job: Job, world: Any) -> dict[str, Any]:
     result |= {"losses": [r["loss"] for r in steps], "norms": [r["grad_norm"] for r in steps]}
     result["tok_s_per_gpu"] = planned.tokens_per_step / result["step_s"] / world.size
     if on_gpu:
-        result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     if gpu is not None:
         plan = costs.plan_stage(planned, spec, student, way, world.size, gpu, job["precision"])
         result |= {"planned_gib": plan.peak_gib, "planned_step_s": plan.seconds / plan.steps}
@@ -335,8 +336,9 @@ class Bench:
 
     def job(self, check: str, kind: str, **more: Any) -> Job:
         length, micro = {"align": (512, 4), "distill": (512, 12), "lm": (65536, 1)}[kind]
-        size = {"seq_len": 256 if kind == "lm" else 64, "micro": min(micro, 2)} if self.cpu else {"seq_len": length, "micro": micro}
-        return {**self.base, "check": check, "kind": kind, **size, "batch": size["micro"],
+        if self.cpu:
+            length, micro = 256 if kind == "lm" else 64, min(micro, 2)
+        return {**self.base, "check": check, "kind": kind, "seq_len": length, "micro": micro, "batch": micro,
                 "folder": f"{self.place}/run-{next(self.numbers)}", **more}
 
     def folders(self, jobs: list[Job], **more: Any) -> list[Job]:
@@ -366,16 +368,16 @@ class Bench:
         """The largest relative differences between one and many processes."""
         for a, b in zip(one, many, strict=True):
             if "failed" not in a and "failed" not in b:
-                self.add({"check": "equal", "kind": a["kind"], "shape": a["shape"], "layers": a["layers"], "precision": a["precision"],
-                          "loss_difference": difference(a["losses"], b["losses"]),
-                          "norm_difference": difference(a["norms"], b["norms"])})
+                told = {key: a[key] for key in ("check", "kind", "shape", "layers", "precision")}
+                differences = {f"{name}_difference": difference(a[f"{name}s"], b[f"{name}s"]) for name in ("loss", "norm")}
+                self.add(told | differences)
 
     def speed(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
         """How many times as fast many are as one."""
         for a, b in zip(one, many, strict=True):
             if "failed" not in a and "failed" not in b:
                 times = self.N * b["tok_s_per_gpu"] / a["tok_s_per_gpu"]
-                found = {"check": a["check"], "kind": a["kind"], "shape": a["shape"], "layers": a["layers"], "times": times}
+                found = {key: a[key] for key in ("check", "kind", "shape", "layers")} | {"times": times}
                 if a["check"] == "sequence":
                     found |= {"loss_difference": difference(a["losses"], b["losses"])}
                 self.add(found | {"of": self.N})
@@ -394,7 +396,7 @@ class Bench:
         shutil.copytree(own["folder"], alone)
         runs = ((self.N, own["folder"]), (1, alone))
         found = at_once(*(lambda n=n, folder=folder: measure([{**own, "folder": folder}], n) for n, folder in runs))
-        for (n, folder), (result,) in zip(runs, found, strict=True):
+        for (n, _), (result,) in zip(runs, found, strict=True):
             if "failed" in result or "failed" in whole:
                 self.add(result)
                 continue
@@ -483,7 +485,8 @@ def table(results: list[dict[str, Any]]) -> str:
         names = ("times", "loss_difference", "norm_difference", "collectives", "exposed", "idle", "precision", "moment", "victim",
                  "in_save", "ended_after_s", "status", "checkpoints", "message", "resumed_on", "steps", "layout", "teacher",
                  "recompute", "moments", "micro", "first_step_s", "build_s", "saved_s", "failed")
-        rest = {name: f"{r[name]:.3g}" if isinstance(r[name], float) else r[name] for name in names if r.get(name) not in (None, [])}
+        told = {name: r[name] for name in names if r.get(name) not in (None, [])}
+        rest = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
         lines.append(f"{r['check']:8} {r.get('kind', ''):7} {r.get('processes', '')!s:2} {r.get('layers', '')!s:5}"
                      f"{r.get('tok_s_per_gpu', 0):10.0f} {'' if mfu is None else f'{mfu:.1%}':>6} {' '.join(cells)}  "
                      + " ".join(f"{name} {value}" for name, value in rest.items()))

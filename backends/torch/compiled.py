@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 # Graphs that one layer's code may have: mixers, with and without gradients, first layer and others, batch shapes.

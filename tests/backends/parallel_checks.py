@@ -1,6 +1,8 @@
 """What test_parallel.py looks at: short trainings by one process, and the same ones spread over 2 and 4 in every way there is."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
+from radlads.backends.torch import trainer
+from radlads.backends.torch.compiled import compiled_layers
 from radlads.backends.torch.load import stored_tensors
 from radlads.backends.torch.parallel import build_task, load_frozen
 from radlads.backends.torch.trainer import StageRun, run_stage
@@ -40,6 +44,7 @@ SPREAD: dict[str, tuple[str, int, dict[str, Any]]] = {
     "step 2, weights gathered once": ("distill", 2, {}),
     "step 2, all sharded, teacher offloaded, recomputing": (
         "distill", 4, {"layout": "full", "teacher": "offloaded", "recompute": "always"}),
+    "step 2, compiled in parts, recomputing": ("distill", 2, {"recompute": "always", "compile": "auto"}),
     "step 2, heads split": ("distill", 4, {"vocab_heads": True}),
     "step 2, sequences split": ("distill", 4, {"sequence": {"distill": 2}}),
     "step 3, sequences split, weights sharded": ("lm", 2, {"sequence": {"lm": 2}, "layout": "full"}),
@@ -51,6 +56,20 @@ def recipe(training: str, how: dict[str, Any]) -> Recipe:
     """The recipe of one training, spread as `how` says."""
     stage = {"tokens": STEPS * 8 * 32, "seq_len": 32, "batch_size": 8, "warmup_steps": 1, **TRAININGS[training][1]}
     return Recipe(name="test", teacher="t", data={"train": ["a"], "valid": ["a"]}, stages=[stage], parallel=how)
+
+
+@contextmanager
+def compiled_on_cpu(*models: torch.nn.Module, **_: Any) -> Iterator[None]:
+    """compiled_layers in parts, whatever the device: one graph for all parts of one kind."""
+    graphs: list[Any] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with compiled_layers(*models, by_part=True, backend=keep):
+        yield
+    assert 0 < len(graphs) <= 9, f"{len(graphs)} graphs"
 
 
 def train(folder: Path, training: str, how: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -70,6 +89,8 @@ def train(folder: Path, training: str, how: dict[str, Any], out: Path) -> dict[s
         return update(parts, step)
 
     StageRun.update = look  # type: ignore[method-assign]
+    if "compile" in how:  # as on a GPU, but by a compiler that takes no time
+        trainer.compiled_layers = compiled_on_cpu  # type: ignore[assignment]
     with open_run(out, wanted, "auto", world) as run:
         task = build_task(stage, open_folder(folder / TRAININGS[training][0]), teacher, wanted.parallel, world, "float32")
         run_stage(stage, task, corpus, run, lambda progress: None, world=world)
