@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 from radlads.errors import fail
 
 if TYPE_CHECKING:
+    from radlads.adapters import Settings
     from radlads.engine import Engine
     from radlads.folder import ModelFolder
+    from radlads.tuning.loop import Tuner
+    from radlads.tuning.settings import Tuning
 
 BACKENDS = {"torch": "radlads.backends.torch.engine", "mlx": "radlads.backends.mlx.engine"}
 PACKAGES = {"torch": ("torch",), "mlx": ("mlx", "mlx_lm")}
@@ -40,3 +43,10 @@ def open_engine(folder: "ModelFolder", backend: str = "auto", dtype: str | None 
     module = import_module(BACKENDS[choose_backend(backend)])
     engine: Engine = module.load_engine(folder, dtype=dtype)
     return engine
+
+
+def open_tuner(folder: "ModelFolder", tuning: "Tuning", settings: "Settings") -> "Tuner":
+    """Load the model of `folder` on the backend of `tuning`, with the adapter of `settings` ready to be trained."""
+    module = import_module(f"radlads.backends.{choose_backend(tuning.backend)}.finetune")
+    tuner: Tuner = module.open_tuner(folder, tuning, settings)
+    return tuner

@@ -72,8 +72,7 @@ def _argument(item: Field[Any]) -> list[inspect.Parameter]:
         info = typer.Argument(default, help=meta["help"], metavar=meta["metavar"], show_default=False)
         return [_parameter(item.name, item.type, info)]
     # Two spellings: neither is required by itself, `_merged` asks for one of them.
-    metavar = meta["metavar"] if required else f"[{meta['metavar']}]"
-    shown = typer.Argument(None, help=meta["help"], metavar=metavar, show_default=False)
+    shown = typer.Argument(None, help=meta["help"], metavar=meta["metavar"], show_default=False)
     hidden = typer.Option(None, *meta["flags"], hidden=True)
     kind = item.type | None  # type: ignore[operator]
     return [_parameter(item.name, kind, shown), _parameter(item.name + ALSO, kind, hidden)]

@@ -12,7 +12,7 @@ from radlads.cli.render import Table, note, progress, size
 class ConvertOptions:
     """What to convert, and into what."""
 
-    source: str = arg("Folder or file of the model: safetensors, MLX, .pth or .gguf.", metavar="SRC", flag="--model")
+    source: str = arg("Model: folder (safetensors, MLX), .pth or .gguf; or an adapter's folder.", metavar="SRC", flag="--model")
     to: Literal["hf", "mlx", "pth", "gguf"] = opt("hf", "Format to write.", "--to")
     layout: Literal["rwkv6qwen2", "rwkv7qwen2", "rwkv7qwen3", "rwkv079qwen3"] | None = opt(
         None, "Layout of a published model, for --to hf: other programs read it."
@@ -21,7 +21,7 @@ class ConvertOptions:
     quantize: bool = opt(False, "Quantise for MLX (affine).", "--quantize", "-q")
     q_bits: int = opt(4, "Bits of a quantised weight: 2, 3, 4, 5, 6 or 8.")
     q_group_size: int = opt(64, "Weights that share a scale: 32, 64 or 128.")
-    config: str | None = opt(None, "config.json or the teacher's folder, for a .pth without one.", metavar="DIR_OR_JSON")
+    config: str | None = opt(None, "config.json or the teacher's folder, for a .pth; an adapter's model.", metavar="DIR_OR_JSON")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7, where its tensors cannot tell.")
     allow_nonfinite: bool = opt(False, "Take weights that hold NaN or infinity.", "--allow-nonfinite")
     output_dir: str = opt("converted", "Folder to write; or a file, if it ends in .gguf or .pth.", metavar="PATH")
@@ -57,7 +57,11 @@ class ConvertResult:
 
 
 def convert(options: ConvertOptions) -> ConvertResult:
-    """Write the model in another format; R101, R2xx, R4xx, and then nothing is written."""
+    """Write the model, or the adapter, in another format; R101, R2xx, R4xx, and then nothing is written."""
+    from radlads.adapters import is_adapter
+
+    if is_adapter(options.source):
+        return convert_adapter(options)
     from radlads.weights_tools.convert import convert as run
     from radlads.weights_tools.formats.format import DTYPES, Reading, Writing
 
@@ -96,4 +100,34 @@ def convert(options: ConvertOptions) -> ConvertResult:
         weight_bytes=done.nbytes,
         written=done.written,
         notices=notices,
+    )
+
+
+def convert_adapter(options: ConvertOptions) -> ConvertResult:
+    """Write an adapter in mlx-lm's format (mlx) or peft's (hf). R101 where neither the flag nor its config names its model."""
+    from pathlib import Path
+
+    from radlads.adapters import base_of, rewrite_adapter
+    from radlads.errors import fail
+    from radlads.folder import open_folder
+
+    if options.to not in ("hf", "mlx") or options.quantize:
+        why = f"{options.source} is an adapter, which is written for peft (hf) or mlx-lm (mlx)"
+        raise fail("R101", where="--to", why=why, fix="Choose --to hf or --to mlx; `radlads fuse` makes it part of the model")
+    base = options.config or base_of(options.source)
+    if base is None or not Path(base).is_dir():
+        why = "its config names no model" if base is None else f"its model {base} is not there"
+        raise fail("R101", where=options.source, why=why, fix="Name the model's folder with --config")
+    folder = open_folder(base, variant=options.variant)
+    adapter = rewrite_adapter(options.source, options.output_dir, options.to, folder, overwrite=options.overwrite)
+    nbytes = sum(entry.nbytes for entry in adapter.entries.values())
+    return ConvertResult(
+        output=options.output_dir,
+        format=options.to,
+        source=options.source,
+        source_format=f"{adapter.kind} adapter of {'peft' if adapter.from_peft else 'mlx-lm'}",
+        architecture=f"{folder.spec.family} {folder.spec.recurrent or 'softmax'}",
+        parameters=sum(adapter.array(name).size for name in adapter.entries),
+        weight_bytes=nbytes,
+        written=True,
     )

@@ -59,14 +59,21 @@ class ModelOptions:
         None, "Folder or config.json of the model's teacher, to read instead of the model's.", panel="Model", metavar="PATH"
     )
 
+    adapter_path: str | None = opt(
+        None, "Folder of an adapter to use with the model.", "--adapter-path", "--adapter", panel="Model", metavar="DIR"
+    )
+
     def open(self) -> OpenModel:
         """Open folder, tokenizer and engine; every error is raised before anything is computed."""
+        from radlads.adapters import with_adapter
         from radlads.backends import open_engine
         from radlads.cli.render import note
         from radlads.folder import open_folder
         from radlads.tokenizer import Tokenizer
 
         folder = open_folder(self.model, variant=self.variant, config_from=self.config)
+        if self.adapter_path is not None:
+            folder = with_adapter(folder, self.adapter_path)
         for notice in folder.notices:
             note(f"note: {notice}")
         tokenizer = Tokenizer(folder.path, vocab_size=folder.spec.vocab_size)

@@ -3,16 +3,47 @@
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from radlads.cli.render import duration, styled
 
-if TYPE_CHECKING:
-    from radlads.backends.torch.trainer import Progress
-
-TITLES = {"align": "stage 1 alignment", "distill": "stage 2 distillation", "lm": "stage 3 language model"}
+TITLES = {
+    "align": "stage 1 alignment",
+    "distill": "stage 2 distillation",
+    "lm": "stage 3 language model",
+    "finetune": "fine-tuning",
+}
 # Seconds between lines where there is no terminal.
 INTERVAL = 10.0
+
+
+class Phase(Protocol):
+    """A stage of a run, or the whole of a fine-tuning: its kind, a key of TITLES, and its length."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def steps(self) -> int: ...
+
+
+class Progress(Protocol):
+    """What is known after an optimiser step; `seconds_left` is for this phase."""
+
+    @property
+    def stage(self) -> Phase: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def tokens_per_second(self) -> float: ...
+
+    @property
+    def seconds_left(self) -> float: ...
 
 
 class TrainingScreen:
@@ -59,7 +90,7 @@ class TrainingScreen:
             self.last_line = time.monotonic()
             self.say(f"reading the data: {done / total:.0%}" if total else f"reading the data: {done:,} rows")
 
-    def step(self, progress: "Progress") -> None:
+    def step(self, progress: Progress) -> None:
         """After each optimiser step."""
         stage = progress.stage
         loss, speed = f"{progress.loss:.4f}", f"{progress.tokens_per_second:,.0f}"

@@ -19,11 +19,12 @@ def follow(names: list[str], folder: Path, name: str, settings: dict[str, Any]) 
 
     def listen(record: dict[str, Any]) -> None:
         stage, step = record.get("stage"), record.get("step", 0)
+        place = record.get("kind") if stage is None else f"{record.get('kind')}/stage-{stage}"
         for tracker, log in list(logs.items()):
             try:
                 for key, value in record.items():
                     if isinstance(value, int | float) and not isinstance(value, bool) and key not in ("stage", "step"):
-                        log(f"{record.get('kind')}/stage-{stage}/{key}", float(value), int(step))
+                        log(f"{place}/{key}", float(value), int(step))
             except Exception as error:
                 # A service that is down must not cost a run.
                 print(f"warning: {tracker} is left out from here on: {error}", file=sys.stderr, flush=True)

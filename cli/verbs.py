@@ -76,6 +76,33 @@ VERBS = (
         ),
     ),
     Verb(
+        "finetune",
+        MAKE,
+        "radlads.cli.finetune",
+        "FinetuneOptions",
+        "finetune",
+        "Train an adapter on texts or conversations: LoRA, DoRA, whole weights, or the initial state.",
+        (
+            "radlads finetune student --data data --iters 600",
+            "radlads finetune student-4bit --data data --mask-prompt --num-layers -1 --learning-rate 1e-4 --adapter-path style",
+            "radlads finetune student --data data --fine-tune-type state --learning-rate 1e-2 --adapter-path tone",
+        ),
+        aliases=("lora",),
+    ),
+    Verb(
+        "fuse",
+        MAKE,
+        "radlads.cli.fuse",
+        "FuseOptions",
+        "fuse",
+        "Write a model with an adapter's change made part of its weights.",
+        (
+            "radlads fuse student --adapter-path adapters --save-path fused",
+            "radlads fuse student-4bit --adapter-path style --save-path fused --dequantize",
+        ),
+        aliases=("merge",),
+    ),
+    Verb(
         "plan",
         MAKE,
         "radlads.cli.plan",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +47,9 @@ from radlads.tensors import (
     write_weights,
 )
 
+if TYPE_CHECKING:
+    from radlads.adapters import Adapter
+
 MANIFEST = "radlads.json"
 CONFIG = "config.json"
 VERDICT = "verify.json"  # what `radlads verify` found; true of this folder alone
@@ -72,6 +75,7 @@ class ModelFolder:
     manifest: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()  # what had to be inferred of a published model
     quantised: dict[str, Quantised] = field(default_factory=dict)
+    adapter: "Adapter | None" = None  # what engines apply to the weights (radlads.adapters.with_adapter)
 
     @property
     def stage(self) -> int | None:

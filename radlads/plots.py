@@ -62,11 +62,12 @@ STYLE = {
 
 
 def draw_plots(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write the plots for which `records` holds data into `folder`: loss.png, layers.png, positions.png."""
+    """Write the plots for which `records` holds data into `folder`: loss.png, layers.png, positions.png, finetune.png."""
     drawings: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
         "loss.png": draw_loss,
         "layers.png": draw_layers,
         "positions.png": draw_positions,
+        "finetune.png": draw_finetune,
     }
     written = []
     with rc_context(STYLE):
@@ -160,6 +161,38 @@ def draw_positions(records: Sequence[Record]) -> Figure | None:
     value_axis(axes, np.concatenate([pooled(kl)[1] for kl, _ in curves.values()]))
     label_ends(figure, axes, ends)
     return figure
+
+
+def draw_finetune(records: Sequence[Record]) -> Figure | None:
+    """Training and validation loss of a fine-tuning run, whose records have no stage, over its iterations."""
+    lines = {kind: steps(records, kind) for kind in ("train", "valid")}
+    drawn = [(kind, x, y) for kind, (x, y) in lines.items() if len(x)]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    style = {"train": ("training", BLUE, None), "valid": ("validation", ORANGE, "o")}
+    ends = []
+    for kind, x, y in drawn:
+        name, colour, marker = style[kind]
+        axes.plot(x, y, color=colour, linewidth=2.2, marker=marker, markersize=5)
+        ends.append((float(y[-1]), f"{name} {y[-1]:#.3g}", colour))
+    axes.set_title("Fine-tuning")
+    axes.set_xlabel("iterations")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlim(0, max(max(x[-1] for _, x, _ in drawn), 1))
+    value_axis(axes, np.concatenate([y for _, _, y in drawn]))
+    label_ends(figure, axes, ends)
+    return figure
+
+
+def steps(records: Sequence[Record], kind: str) -> tuple[Array, Array]:
+    """(step, loss) of the records of a kind that belong to no stage."""
+    found = (r for r in records if r.get("kind") == kind and "stage" not in r)
+    points = [(r["step"], r["loss"]) for r in found if number(r.get("step")) and number(r.get("loss"))]
+    table = np.array(points, np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 
 def curve(records: Sequence[Record], stage: int, key: str) -> tuple[Array, Array]:

@@ -26,6 +26,7 @@ CAPTIONS = {
         "How far each new mixer is from the attention it replaces; layer 0 is next to the embedding.",
     ),
     "positions.png": ("Distance by position", "A state that forgets shows as a line that rises to the right."),
+    "finetune.png": ("Fine-tuning loss", "Where training falls and validation rises, the adapter learns its examples by heart."),
 }
 ROWS = {
     "teacher": "Teacher",
@@ -91,8 +92,13 @@ def headline(final: object, of_student: bool) -> list[tuple[str, str]]:
         (figure(final.get("teacher_ppl"), ".2f"), "teacher perplexity"),
         (figure(final.get("kl"), ".4f"), "KL to the teacher, nats per token"),
         (percent(final.get("agreement")), "same most likely next token"),
+        (figure(final.get("valid_loss"), ".3f"), "validation loss, nats per token"),
+        (figure(final.get("first_valid_loss"), ".3f"), "validation loss before"),
+        (figure(final.get("train_loss"), ".3f"), "training loss"),
+        (figure(final.get("test_loss"), ".3f"), "test loss"),
     ]
-    return [(value, meaning) for value, meaning in shown if value != "–" and (of_student or meaning.startswith("teacher"))]
+    of_both = () if of_student else ("student", "KL", "same")
+    return [(value, meaning) for value, meaning in shown if value != "–" and not meaning.startswith(of_both)]
 
 
 def table_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -113,7 +113,11 @@ class Run:
         missing = [key for key in FINAL if key not in final]
         if missing:
             raise ValueError(f"final has no {missing[0]!r}")
-        return self._record("done", stages=stages, final=final, model="model", **more)
+        return self.conclude(stages=stages, final=final, model="model", **more)
+
+    def conclude(self, **told: Any) -> dict[str, Any]:
+        """Say in run.json that the run is done, and what came of it; returns the record."""
+        return self._record("done", **told)
 
     def micro_batch(self, stage: int) -> int | None:
         """The micro-batch that fitted the memory of an earlier start; None where the recipe's did."""
@@ -144,9 +148,17 @@ class Run:
         return record
 
 
-def begin_run(path: str | Path, recipe: Recipe, resume: Literal["auto", "never"] = "auto") -> Run:
+def begin_run(
+    path: str | Path,
+    recipe: Recipe,
+    resume: Literal["auto", "never"] = "auto",
+    *,
+    load: Callable[[Path], Recipe] = load_recipe,
+    flag: str = "--output-dir",
+) -> Run:
     """Open the run folder `path` for `recipe`, new or, with `resume` "auto", begun earlier with the same recipe.
 
+    `load` reads the recipe back that lies there, and `flag` is what chooses the folder on the command line.
     Raises R303 when the folder holds another recipe's run, a run that may not be resumed, other files, or is in use.
     """
     folder = Path(path)
@@ -156,7 +168,7 @@ def begin_run(path: str | Path, recipe: Recipe, resume: Literal["auto", "never"]
         begun = (folder / RECIPE).is_file()
         if strangers and not begun:
             why = f"it holds {strangers[0]!r} and is no run folder"
-            raise fail("R303", where=folder, why=why, fix="Give a new or empty folder with `--output-dir`")
+            raise fail("R303", where=folder, why=why, fix=f"Give a new or empty folder with `{flag}`")
         lock = (folder / LOCK).open("w")
     except OSError as error:
         raise fail("R401", where=folder, why=str(error.strerror), fix="Give a folder that can be written") from None
@@ -170,7 +182,7 @@ def begin_run(path: str | Path, recipe: Recipe, resume: Literal["auto", "never"]
     try:
         run = Run(folder, recipe, begun, lock)
         if begun:
-            check_same_run(folder, recipe, resume)
+            check_same_run(load(folder / RECIPE), recipe, resume, folder, flag)
             drop_torn_line(folder / METRICS)
         else:
             write_file(folder / RECIPE, recipe.to_yaml())
@@ -182,16 +194,16 @@ def begin_run(path: str | Path, recipe: Recipe, resume: Literal["auto", "never"]
     return run
 
 
-def check_same_run(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Raise R303 unless the run in `folder` is one of `recipe` and may be resumed."""
+def check_same_run(begun: Recipe, recipe: Recipe, resume: str, folder: Path, flag: str) -> None:
+    """Raise R303 unless the run `begun` in `folder` is one of `recipe` and may be resumed."""
     if resume == "never":
         fix = "Allow it with `--resume auto`, or give another folder"
         raise fail("R303", where=folder, why="it holds a run already, and resuming is off", fix=fix)
-    differing = differences(load_recipe(folder / RECIPE).identity(), recipe.identity())
+    differing = differences(begun.identity(), recipe.identity())
     if differing:
         shown = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing[:3])
         more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
-        raise fail("R303", where=folder, why=f"its recipe differs: {shown}{more}", fix="Give another folder with `--output-dir`")
+        raise fail("R303", where=folder, why=f"its recipe differs: {shown}{more}", fix=f"Give another folder with `{flag}`")
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

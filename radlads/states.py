@@ -52,13 +52,15 @@ class SavedState:
 
 
 def model_fingerprint(folder: ModelFolder) -> str:
-    """A hash of what the weights are: every tensor's name, type and shape, and samples of its bytes."""
+    """A hash of what the weights are: every tensor's name, type and shape, samples of its bytes, and the adapter."""
     found = hashlib.sha256(json.dumps(folder.spec.to_dict(), sort_keys=True).encode())
     for name, entry in sorted(folder.weights.items()):
         found.update(f"{name} {entry.dtype} {entry.shape}".encode())
         raw = read_raw(entry).reshape(-1).view(np.uint8)
         for start in (0, max(0, len(raw) // 2 - SAMPLED // 2), max(0, len(raw) - SAMPLED)):
             found.update(raw[start : start + SAMPLED].tobytes())
+    if folder.adapter is not None:
+        found.update(folder.adapter.fingerprint().encode())
     return found.hexdigest()
 
 

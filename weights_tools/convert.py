@@ -44,16 +44,32 @@ def convert(
     NaN or infinity, R401 and R402 for the output.
     """
     final = Path(output)
-    source = open_source(path, reading)
-    check_apart(source, final)
     writing = replace(writing or Writing(), single=final.suffix == FILE_SUFFIXES.get(target))
     if writing.bits is not None and target != "mlx":
         raise fail("R101", where="--quantize", why=f"{target} is written in floats here", fix="Quantise with --to mlx")
     if writing.layout is not None and target != "hf":
         raise fail("R101", where="--layout", why=f"{target} has no layouts to choose from", fix="Choose it with --to hf")
+    source, plan = open_source(path, reading), FORMATS[target].plan
+    return write(source, final, target, plan, writing, allow_nonfinite, overwrite=overwrite, report=report, say=say)
+
+
+def write(
+    source: Source,
+    final: Path,
+    target: str,
+    plan: Callable[[Source, Writing, str], Output],
+    writing: Writing,
+    allow_nonfinite: bool = False,
+    *,
+    overwrite: bool = False,
+    report: Report | None = None,
+    say: Callable[[str], None] = log.warning,
+) -> Conversion:
+    """Write `source` as `plan` lays it out, unless that very output stands under `final` already. Raises as `convert`."""
+    check_apart(source, final)
     key = work_key(source, writing, target, allow_nonfinite)
     guarded = replace(source, tensors=checked(source, source.tensors, allow_nonfinite, say))
-    output_plan = FORMATS[target].plan(guarded, writing, key)
+    output_plan = plan(guarded, writing, key)
     for notice in (*source.notices, *output_plan.notices):
         say(notice)
     nbytes = sum(file.nbytes for file in output_plan.files)

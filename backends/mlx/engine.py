@@ -1,6 +1,6 @@
 """The engine of the MLX backend: tokens in, logits and a new state out (radlads.engine says the contract)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from radlads.backends.mlx.adapters import apply_adapter
 from radlads.backends.mlx.layers import SEEN, SHIFT, WKV
 from radlads.backends.mlx.load import load_model
 from radlads.backends.mlx.model import Model
@@ -34,14 +35,20 @@ class MlxEngine:
 
     name = "mlx"
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, initial: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
+        """`initial` is a trained state before the first token, by the names of a state adapter."""
         self.model = model
         self.spec = model.spec
+        layers: list[dict[str, mx.array]] = [{} for _ in self.spec.mixers]
+        for full, x in (initial or {}).items():
+            _, layer, name = full.split(".")
+            layers[int(layer)][name] = mx.array(x) if name == "wkv" else mx.array(x).astype(model.model.norm.weight.dtype)
+        self.initial = MlxState(0, tuple(layers))
         self.device = str(mx.default_device().type).rsplit(".", 1)[-1]
 
     def start(self) -> MlxState:
         """The state before the first token."""
-        return MlxState(0, tuple({} for _ in self.spec.mixers))
+        return self.initial
 
     def feed(self, state: MlxState, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], MlxState]:
         """Logits (V,) after the last of `tokens` (at least one), and the new state; `state` stays as it is."""
@@ -154,7 +161,11 @@ class MlxEngine:
 def load_engine(folder: ModelFolder, dtype: str | None = None) -> MlxEngine:
     """The engine of a model folder; `dtype` None means the file's own on a GPU and float32 on the CPU, as torch has it."""
     on_cpu = mx.default_device() == mx.cpu
-    return MlxEngine(load_model(folder, dtype or ("float32" if on_cpu else None)))
+    model, adapter = load_model(folder, dtype or ("float32" if on_cpu else None)), folder.adapter
+    if adapter is None:
+        return MlxEngine(model)
+    apply_adapter(model, adapter)
+    return MlxEngine(model, adapter.tensors() if adapter.kind == "state" else None)
 
 
 def _taken(cache: Any) -> dict[str, mx.array]:

@@ -1,6 +1,6 @@
 """The torch engine: tokens in, logits and a new state out (see radlads.engine)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from radlads.backends.torch.adapters import apply_adapter, initial_state
 from radlads.backends.torch.load import load_model
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.state import ModelState, empty_state
+from radlads.backends.torch.state import ModelState
 from radlads.engine import Scored
 from radlads.errors import fail
 from radlads.folder import ModelFolder
@@ -34,8 +35,10 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, initial: Mapping[str, torch.Tensor] | None = None) -> None:
+        """`initial` is a trained state before the first token, by the names of a state adapter."""
         self.model = model
+        self.initial = initial or {}
 
     @property
     def spec(self) -> ModelSpec:
@@ -49,7 +52,7 @@ class TorchEngine:
 
     def start(self) -> TorchState:
         """The state before the first token."""
-        return TorchState(empty_state(self.spec, 1, torch.device(self.device)), 0)
+        return TorchState(initial_state(self.model, self.initial, 1), 0)
 
     @torch.inference_mode()
     def feed(self, state: TorchState, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], TorchState]:
@@ -96,7 +99,7 @@ class TorchEngine:
             for row, index in zip(tokens, rows, strict=True):
                 row[: len(sequences[index])] = torch.tensor(list(sequences[index]))
             tokens = tokens.to(self.device)
-            hidden, _ = self.model.model(tokens[:, :-1])
+            hidden, _ = self.model.model(tokens[:, :-1], initial_state(self.model, self.initial, len(rows)))
             logprobs, likeliest = self.judge(hidden.flatten(0, 1), tokens[:, 1:].flatten())
             for row, index in enumerate(rows):
                 part = slice(row * (width - 1), row * (width - 1) + len(sequences[index]) - 1)
@@ -143,4 +146,10 @@ class TorchEngine:
 def load_engine(folder: ModelFolder, dtype: str | None = None) -> TorchEngine:
     """An engine for the model of `folder`, on a GPU where there is one; on the CPU float32 unless `dtype` says otherwise."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchEngine(load_model(folder, device=device, dtype=dtype or ("float32" if device == "cpu" else None)))
+    model = load_model(folder, device=device, dtype=dtype or ("float32" if device == "cpu" else None))
+    adapter = folder.adapter
+    if adapter is None:
+        return TorchEngine(model)
+    apply_adapter(model, adapter)
+    initial = {name: torch.from_numpy(x).to(device) for name, x in adapter.tensors().items()} if adapter.kind == "state" else None
+    return TorchEngine(model, initial)
