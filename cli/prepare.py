@@ -1,21 +1,28 @@
 """`radlads prepare`: tokens for training, from files and datasets or from text that a model writes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from radlads.cli.options import arg, opt
 from radlads.cli.render import Table, progress, size
 from radlads.errors import fail
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from radlads.backends.torch.sample import Turns, Written
     from radlads.data.store import TokenStore
     from radlads.folder import ModelFolder
     from radlads.tokenizer import Tokenizer
 
 STORE = "store"
 DATASETS = "Hugging Face datasets"
+# Characters read of a paragraph for each token wanted of it, and paragraphs tokenised at once.
+CHARACTERS, PROMPTS_AT_ONCE = 16, 1024
 
 
 @dataclass(kw_only=True)
@@ -45,10 +52,15 @@ class PrepareOptions:
         False, "Sample conversations: the model writes both sides, by its chat template.", "--chat", panel="Sampled text"
     )
     tokens: int = opt(1_000_000, "Tokens to sample.", panel="Sampled text")
-    seq_len: int = opt(512, "Tokens of one sampled text.", panel="Sampled text")
-    batch_size: int = opt(64, "Texts written at once.", panel="Sampled text")
+    seq_len: int = opt(512, "Tokens of one sampled text, its beginning included.", panel="Sampled text")
+    batch_size: int | None = opt(None, "Texts written at once; 1024 on a GPU, 64 elsewhere.", panel="Sampled text")
     temp: float = opt(1.0, "Temperature; 1 samples from the model's own distribution.", panel="Sampled text")
     prompt: str | None = opt(None, "How each text begins; without it, as a new document.", panel="Sampled text", metavar="TEXT")
+    prompts: str | None = opt(
+        None, "Text of whose paragraphs one, drawn by lot, begins each sampled text.", panel="Sampled text", metavar="FILE"
+    )
+    prompt_tokens: int = opt(16, "Tokens taken of a paragraph of --prompts.", panel="Sampled text")
+    max_seconds: float | None = opt(None, "Stop sampling in time, with what there is.", panel="Sampled text", metavar="SECONDS")
     seed: int = opt(0, "Seed of the random numbers.", panel="Sampled text")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
@@ -102,6 +114,7 @@ def prepare(options: PrepareOptions) -> PrepareResult:
 
 def _from_model(options: PrepareOptions) -> PrepareResult:
     from radlads.backends import choose_backend
+    from radlads.data.binidx import write_binidx
     from radlads.data.prepare import prepare as prepare_store
     from radlads.data.store import TokenStore
     from radlads.files import new_folder
@@ -109,95 +122,146 @@ def _from_model(options: PrepareOptions) -> PrepareResult:
     from radlads.tokenizer import Tokenizer
 
     choose_backend("torch")
-    for flag, value in (("--tokens", options.tokens), ("--seq-len", options.seq_len), ("--batch-size", options.batch_size)):
-        if value < 1:
-            raise fail("R101", where=flag, why=f"{value} is not above 0", fix="Give a number above 0")
-    if not 0 <= options.temp <= 100:
-        raise fail("R101", where="--temp", why=f"{options.temp} is out of range", fix="Give a number from 0 to 100")
-    if options.chat and options.prompt is not None:
-        raise fail("R101", where="--chat", why="it cannot be combined with --prompt", fix="Leave one of them out")
+    _check(options)
     model = open_folder(str(options.sample_from))
     tokenizer = Tokenizer(options.tokenizer or model.path, vocab_size=model.spec.V)
+    opening, turns = _chat(model, tokenizer, options) if options.chat else _plain(tokenizer, options)
+    shortest = len(opening) + len(turns.answer) + 2 if options.chat else len(opening) + 1
+    shortest += options.prompt_tokens if options.prompts else 0
+    if shortest > options.seq_len:
+        why = f"{options.seq_len} tokens hold no text: its beginning alone takes {shortest - 1}"
+        raise fail("R101", where="--seq-len", why=why, fix="Give a larger number")
     final, name = Path(options.output_dir), "sampled.jsonl" if options.chat else "sampled.txt"
     with new_folder(final) as folder:
-        with (folder / name).open("w", encoding="utf-8") as file:
-            for text in (_conversations if options.chat else _documents)(model, tokenizer, options):
-                file.write(text)
-        with progress("tokenising") as report:
-            prepare_store([folder / name], tokenizer, folder / STORE, eos_id=tokenizer.eos_id, progress=report)
+        index = folder / "sampled.idx"
+        with (folder / name).open("w", encoding="utf-8") as file, progress("sampling") as report:
+            write_binidx(index, _rows(model, tokenizer, options, opening, turns, file, report), model.spec.V)
+        with progress("storing") as report:
+            prepare_store([index], tokenizer, folder / STORE, eos_id=tokenizer.eos_id, progress=report)
+        # The store holds the tokens now.
+        index.unlink()
+        index.with_suffix(".bin").unlink()
     return _result(TokenStore(final / STORE), final / STORE, final / name)
 
 
-def _documents(model: "ModelFolder", tokenizer: "Tokenizer", options: PrepareOptions) -> Iterator[str]:
-    """The sampled texts, each document followed by the marker that `data.documents` knows."""
-    from radlads.backends.torch.sample import sample_texts
+def _check(options: PrepareOptions) -> None:
+    """R101 for options of sampling that cannot work."""
+    batch = options.batch_size or 1
+    counts = (("--tokens", options.tokens), ("--seq-len", options.seq_len), ("--batch-size", batch))
+    for flag, value in (*counts, ("--prompt-tokens", options.prompt_tokens), ("--max-seconds", options.max_seconds or 1)):
+        if value <= 0:
+            raise fail("R101", where=flag, why=f"{value} is not above 0", fix="Give a number above 0")
+    if not 0 <= options.temp <= 100:
+        raise fail("R101", where="--temp", why=f"{options.temp} is out of range", fix="Give a number from 0 to 100")
+    beginnings = {"--chat": options.chat, "--prompt": options.prompt is not None, "--prompts": options.prompts is not None}
+    given = [flag for flag, there in beginnings.items() if there]
+    if len(given) > 1:
+        raise fail("R101", where=given[0], why=f"it cannot be combined with {given[1]}", fix="Leave one of them out")
+
+
+def _plain(tokenizer: "Tokenizer", options: PrepareOptions) -> "tuple[list[int], Turns]":
+    """How each text begins, and what ends a document: the text then goes on as the model likes."""
+    from radlads.backends.torch.sample import Turns
+
+    if options.prompt:
+        return tokenizer.encode(options.prompt, add_special=True), Turns()
+    # What the tokenizer puts in front of a text; without that, what stands between two.
+    begin = tokenizer.encode("", add_special=True) or [tokenizer.eos_id]
+    if begin == [None]:
+        raise fail("R101", where="--prompt", why="the tokenizer has no token that begins a text", fix="Give a prompt")
+    return [token for token in begin if token is not None], Turns()
+
+
+def _chat(model: "ModelFolder", tokenizer: "Tokenizer", options: PrepareOptions) -> "tuple[list[int], Turns]":
+    """The tokens before the first question, and the template's around the turns."""
+    from radlads.backends.torch.sample import Turns
+    from radlads.data.chat import script_of
+
+    opening, answer, again = map(tokenizer.encode, script_of(tokenizer.chat, model.path))
+    return opening, Turns(answer, again, tokenizer.eos_ids)
+
+
+def _openings(tokenizer: "Tokenizer", options: PrepareOptions, opening: list[int]) -> Iterator[list[int]]:
+    """How each text begins, one after another without end."""
+    if options.prompts is None:
+        yield from repeat(opening)
+    import numpy as np
+
+    from radlads.data.documents import read_documents
+
+    assert options.prompts is not None
+    count, lines = options.prompt_tokens, []
+    for piece in read_documents(Path(options.prompts), "text", lambda _: None):
+        # No token is longer than its text: what is shorter cannot give as many.
+        lines += [line[: count * CHARACTERS] for line in piece.content.splitlines() if len(line) >= count]
+    draw = np.random.default_rng(options.seed)
+    while True:
+        chosen = [lines[place] for place in draw.integers(len(lines), size=PROMPTS_AT_ONCE)] if lines else []
+        found = [ids[:count] for ids in tokenizer.encode_batch(chosen) if len(ids) >= count]
+        if not found:
+            why = f"no paragraph in it has {count} tokens"
+            raise fail("R302", where=options.prompts, why=why, fix="Lower --prompt-tokens or give another text")
+        yield from ([*opening, *ids] for ids in found)
+
+
+def _rows(
+    model: "ModelFolder",
+    tokenizer: "Tokenizer",
+    options: PrepareOptions,
+    opening: list[int],
+    turns: "Turns",
+    file: IO[str],
+    report: Callable[[int, int | None], None],
+) -> "Iterator[npt.NDArray[np.integer[Any]]]":
+    """The sampled rows of tokens, whose text goes to `file` as they come."""
+    from radlads.backends.torch.sample import sample_rows
+
+    found = sample_rows(
+        model,
+        _openings(tokenizer, options, opening),
+        turns,
+        tokens=options.tokens,
+        seed=options.seed,
+        temp=options.temp,
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+        seconds=options.max_seconds,
+        progress=report,
+    )
+    for written in found:
+        file.writelines((_conversations if options.chat else _documents)(written, tokenizer))
+        yield from written.tokens
+
+
+def _documents(written: "Written", tokenizer: "Tokenizer") -> Iterator[str]:
+    """The texts of sampled rows, each document followed by the marker that `data.documents` knows."""
     from radlads.data.documents import MARKER
 
-    prompt_ids = tokenizer.encode(options.prompt, add_special=True) if options.prompt else _beginning(tokenizer)
-    begin = options.prompt or ""
-    with progress("sampling") as report:
-        rows = sample_texts(
-            model,
-            tokens=options.tokens,
-            seed=options.seed,
-            temp=options.temp,
-            seq_len=min(options.seq_len, options.tokens),
-            batch_size=min(options.batch_size, -(-options.tokens // options.seq_len)),
-            prompt_ids=prompt_ids,
-            progress=report,
-        )
-        for row in rows:
-            for number, ids in enumerate(_split(row, tokenizer.eos_ids)):
-                text = tokenizer.decode(ids)
-                text = begin + text if number == 0 else text
-                if text.strip():
-                    yield f"{text}{MARKER}\n"
+    ends = tokenizer.eos_ids | {tokenizer.eos_id}
+    pieces = [piece for row in written.tokens.tolist() for piece in _split(row, ends)]
+    yield from (f"{text}{MARKER}\n" for text in tokenizer.decode_batch(pieces) if text.strip())
 
 
-def _conversations(model: "ModelFolder", tokenizer: "Tokenizer", options: PrepareOptions) -> Iterator[str]:
+def _conversations(written: "Written", tokenizer: "Tokenizer") -> Iterator[str]:
     """The sampled conversations as lines of JSON; an unfinished turn and what is empty are left out."""
     import json
 
-    from radlads.backends.torch.sample import Turns, sample_conversations
-    from radlads.data.chat import script_of
+    from radlads.backends.torch.sample import said
 
-    script = script_of(tokenizer.chat, model.path)
-    opening, answer, again = map(tokenizer.encode, script)
-    turns = Turns(opening, answer, again, tokenizer.eos_ids)
-    if len(turns.opening) + len(turns.answer) + 2 > options.seq_len:
-        why = f"{options.seq_len} tokens hold no conversation: the template alone takes {len(turns.opening) + len(turns.answer)}"
-        raise fail("R101", where="--seq-len", why=why, fix="Give a larger number")
-    with progress("sampling") as report:
-        found = sample_conversations(
-            model,
-            turns,
-            tokens=options.tokens,
-            seed=options.seed,
-            temp=options.temp,
-            seq_len=options.seq_len,
-            batch_size=min(options.batch_size, -(-options.tokens // options.seq_len)),
-            progress=report,
-        )
-        for said in found:
-            texts = [tokenizer.decode(ids).strip() for ids in said]
-            whole = next((number for number, text in enumerate(texts) if not text), len(texts)) // 2 * 2
-            messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts[:whole])]
-            if messages:
-                yield json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+    talks = [said(*row) for row in zip(written.tokens.tolist(), written.origin.tolist(), strict=True)]
+    texts = iter(tokenizer.decode_batch([turn for talk in talks for turn in talk]))
+    for talk in talks:
+        turns = [next(texts).strip() for _ in talk]
+        whole = next((number for number, text in enumerate(turns) if not text), len(turns)) // 2 * 2
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns[:whole])]
+        if messages:
+            yield json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
-def _beginning(tokenizer: "Tokenizer") -> list[int]:
-    """The ids after which a new document begins."""
-    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if begin is None:
-        raise fail("R101", where="--prompt", why="the tokenizer has no token that begins a text", fix="Give a prompt")
-    return [begin]
-
-
-def _split(row: list[int], eos_ids: frozenset[int]) -> Iterator[list[int]]:
+def _split(row: list[int], ends: "frozenset[int | None]") -> Iterator[list[int]]:
     piece: list[int] = []
     for token in row:
-        if token in eos_ids:
+        if token in ends:
             yield piece
             piece = []
         else:

@@ -72,6 +72,10 @@ class Tokenizer:
         """Text of `ids`; ids without a token (padding rows of the embedding) give nothing."""
         return self._fast.decode(list(ids), skip_special_tokens=skip_special)
 
+    def decode_batch(self, rows: Sequence[Sequence[int]], skip_special: bool = True) -> list[str]:
+        """Text of each of `rows`; uses every core."""
+        return list(self._fast.decode_batch([list(ids) for ids in rows], skip_special_tokens=skip_special))
+
     @property
     def eos_id(self) -> int | None:
         """The id that ends a document in training data: <|endoftext|> where there is one, for a chat model's own ends a turn."""

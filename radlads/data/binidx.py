@@ -1,10 +1,11 @@
-"""Reading the token files of RWKV and Megatron: PREFIX.idx and PREFIX.bin (protocol section 1.8)."""
+"""The token files of RWKV and Megatron, PREFIX.idx and PREFIX.bin (protocol section 1.8)."""
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from radlads.data.documents import Piece, bad
 
@@ -41,3 +42,18 @@ def read_binidx(index: Path, progress: Callable[[int], None]) -> Iterator[Piece]
         yield Piece(np.asarray(tokens[place : place + count]), True, f"{index}: sequence {number}")
         place += count
         progress(place * dtype.itemsize)
+
+
+def write_binidx(index: Path, sequences: Iterable[npt.NDArray[np.integer]], vocab_size: int) -> None:
+    """Write token sequences, each one document, as a binidx pair: two bytes a token where `vocab_size` allows it."""
+    code = 8 if vocab_size <= 1 << 16 else 4
+    dtype, sizes = np.dtype(DTYPES[code]), []
+    with index.with_suffix(".bin").open("wb") as file:
+        for sequence in sequences:
+            file.write(np.ascontiguousarray(sequence, dtype).tobytes())
+            sizes.append(len(sequence))
+    lengths = np.array(sizes, "<i8")
+    pointers = (np.cumsum(lengths) - lengths) * dtype.itemsize
+    head = MAGIC + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1)
+    documents = np.arange(len(sizes) + 1, dtype="<i8")
+    index.write_bytes(head + lengths.astype("<i4").tobytes() + pointers.tobytes() + documents.tobytes())

@@ -1,0 +1,118 @@
+"""One token at a time for many rows, in memory of fixed size: what writes text in bulk.
+
+The state never moves, so on a GPU a whole step is one CUDA graph: a small model is else bound by the launch of its kernels.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from radlads.backends.torch.kernels.attend import attend
+from radlads.backends.torch.model import Model
+from radlads.backends.torch.state import LayerState, MixContext
+from radlads.positions import rope_depends_on_length
+
+# Steps before a graph is taken, in which kernels are compiled and libraries make their plans.
+WARM_UP = 2
+
+
+class Rows:
+    """`count` rows of at most `length` tokens in a model: the caches of its softmax layers and the states of the others."""
+
+    def __init__(self, model: Model, count: int, length: int) -> None:
+        self.model, self.count = model, count
+        weight = model.model.norm.weight
+        spec, self.device = model.spec, weight.device
+        # How many tokens each row has had; the same for all of them.
+        self.seen = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.layers: list[LayerState] = []
+        for mixer, shapes in zip(spec.mixers, spec.state(), strict=True):
+            if mixer == "softmax":
+                cache = (count, spec.Hkv, length, spec.N)
+                self.layers.append({name: torch.zeros(cache, dtype=weight.dtype, device=self.device) for name in ("k", "v")})
+                continue
+            dtypes = {name: torch.float32 if name == "wkv" else weight.dtype for name in shapes}
+            zeros = {n: torch.zeros(count, *shape, dtype=dtypes[n], device=self.device) for n, shape in shapes.items()}
+            self.layers.append(zeros)
+
+    @torch.no_grad()
+    def begin(self, tokens: Tensor) -> Tensor:
+        """Begin all rows anew with tokens (count, T); hidden states (count, D) after the last of them."""
+        hidden, state = self.model.model(tokens)
+        for mixer, mine, found in zip(self.model.spec.mixers, self.layers, state.layers, strict=True):
+            for name, value in found.items():
+                if mixer == "softmax":
+                    mine[name][:, :, : tokens.shape[1]] = value.transpose(1, 2)
+                else:
+                    mine[name].copy_(value)
+        self.seen.fill_(tokens.shape[1])
+        return hidden[:, -1]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """One more token (count,) to each row; hidden states (count, D). Nothing waits for the device."""
+        decoder = self.model.model
+        x = decoder.embed_tokens(tokens)[:, None]
+        context = MixContext(decoder.rotary(self.seen[None], x.dtype))
+        filled = self.seen + 1
+        for layer, mixer, held in zip(decoder.layers, self.model.spec.mixers, self.layers, strict=True):
+            normed = layer.input_layernorm(x)
+            if mixer == "softmax":
+                x = x + self.attend(layer.self_attn, normed, context, held, filled)
+            else:
+                mixed, new = layer.self_attn(normed, context, held)
+                for name, value in new.items():
+                    held[name].copy_(value)
+                x = x + mixed
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        self.seen += 1
+        return decoder.norm(x)[:, 0]
+
+    def attend(self, mixer: torch.nn.Module, x: Tensor, context: MixContext, held: LayerState, filled: Tensor) -> Tensor:
+        """SoftmaxMixer.forward of one token, its keys and values written into the cache."""
+        q, k, v = mixer.project(x, x, x, context.cos_sin if self.model.spec.mixer.kept_rope else None)
+        for name, value in (("k", k), ("v", v)):
+            held[name].index_copy_(2, self.seen, value.transpose(1, 2))
+        return mixer.output_of(attend(q[:, 0], held["k"], held["v"], filled).flatten(1))[:, None]
+
+
+def captured(step: Callable[[], None], rows: Rows, generator: torch.Generator) -> Callable[[], None]:
+    """`step` as a CUDA graph where that can be, itself elsewhere; it takes and leaves everything in tensors that stay.
+
+    The warm-up runs it: whoever calls begins the rows anew afterwards. The generator is left as it was.
+    """
+    if rows.device.type != "cuda" or rope_depends_on_length(rows.model.spec):
+        return step
+    before = generator.get_state()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    generator.set_state(before)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def logits_of(model: Model, hidden: Tensor) -> Tensor:
+    """Logits (B, V) float32 of hidden states (B, D)."""
+    return F.linear(hidden, model.head).float()
+
+
+def draw(logits: Tensor, temp: float, generator: torch.Generator) -> Tensor:
+    """One token for each row of logits (B, V) float32, shape (B,); temperature 0 is greedy.
+
+    The largest of logits / temp plus Gumbel noise: a sample of the softmax without making it.
+    """
+    if temp == 0:
+        return logits.argmax(-1)
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.div_(temp) - noise.log_()).argmax(-1)
+
+
