@@ -146,10 +146,9 @@ def _from_model(options: PrepareOptions) -> PrepareResult:
 
 def _check(options: PrepareOptions) -> None:
     """R101 for options of sampling that cannot work."""
-    batch = options.batch_size or 1
-    counts = (("--tokens", options.tokens), ("--seq-len", options.seq_len), ("--batch-size", batch))
-    for flag, value in (*counts, ("--prompt-tokens", options.prompt_tokens), ("--max-seconds", options.max_seconds or 1)):
-        if value <= 0:
+    asked = {"--tokens": options.tokens, "--seq-len": options.seq_len, "--batch-size": options.batch_size}
+    for flag, value in (asked | {"--prompt-tokens": options.prompt_tokens, "--max-seconds": options.max_seconds}).items():
+        if value is not None and value <= 0:
             raise fail("R101", where=flag, why=f"{value} is not above 0", fix="Give a number above 0")
     if not 0 <= options.temp <= 100:
         raise fail("R101", where="--temp", why=f"{options.temp} is out of range", fix="Give a number from 0 to 100")

@@ -112,7 +112,7 @@ def draw(logits: Tensor, temp: float, generator: torch.Generator) -> Tensor:
     """
     if temp == 0:
         return logits.argmax(-1)
-    noise = torch.empty_like(logits).exponential_(generator=generator)
+    noise = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
     return (logits.div_(temp) - noise.log_()).argmax(-1)
 
 

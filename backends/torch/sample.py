@@ -104,7 +104,8 @@ class Writer:
         self.begin(opening)
         for _ in range(self.length - opening.shape[1]):
             self.go()
-        return Written(self.tokens[: self.length].T.cpu().numpy(), self.origin[: self.length].T.cpu().numpy())
+        # In memory of their own: the next rows are written where these were.
+        return Written(*(x[: self.length].T.cpu().numpy().copy() for x in (self.tokens, self.origin)))
 
     @torch.no_grad()
     def begin(self, opening: torch.Tensor) -> None:

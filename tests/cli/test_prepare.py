@@ -21,25 +21,47 @@ def test_files_become_tokens(radlads, teacher, tmp_path):
     assert found["tokens"] == len(expected) and found["documents"] == 3 and found["text"] is None
 
 
-def rows(folder, *, tokens, seed, temp, seq_len, batch_size, prompt_ids, progress):
+def rows(folder, openings, turns, *, tokens, seed, temp, seq_len, batch_size, seconds, progress):
     """Stands for the sampling of the torch backend."""
+    from radlads.backends.torch.sample import Written
+
     encode = Tokenizer(folder.path).encode
-    assert (tokens, temp, seq_len, batch_size) == (6, 0.5, 3, 2)
-    yield [*encode("ab"), 0, *encode(f"c{seed}")]
-    yield [*prompt_ids, *encode("d")]
+    assert (tokens, temp, seq_len, batch_size, seconds) == (6, 0.5, 5, 9, None)
+    for ids in ([*encode("ab"), 0, *encode(f"c{seed}")], encode("dede")):
+        row = np.array([[*next(openings), *ids]])
+        yield Written(row, np.zeros(row.shape, np.uint8))
 
 
-@pytest.mark.parametrize("prompt, texts", [((), ["ab", "c7", "d"]), (("--prompt", "x"), ["xab", "c7", "xxd"])])
+@pytest.mark.parametrize("prompt, texts", [((), ["ab", "c7", "dede"]), (("--prompt", "x"), ["xab", "c7", "xdede"])])
 def test_sampled_text_is_kept_beside_its_tokens(radlads, teacher, tmp_path, monkeypatch, prompt, texts):
     pytest.importorskip("torch")
-    monkeypatch.setattr("radlads.backends.torch.sample.sample_texts", rows)
-    words = ["--tokens", 6, "--seq-len", 3, "--batch-size", 9, "--temp", 0.5, "--seed", 7, "--output-dir", tmp_path / "out"]
+    monkeypatch.setattr("radlads.backends.torch.sample.sample_rows", rows)
+    words = ["--tokens", 6, "--seq-len", 5, "--batch-size", 9, "--temp", 0.5, "--seed", 7, "--output-dir", tmp_path / "out"]
     outcome = radlads("prepare", "--sample-from", teacher, *words, *prompt, "--json")
     found = json.loads(outcome.out)
     assert (tmp_path / "out/sampled.txt").read_text().split("<|endoftext|>\n") == [*texts, ""]
     encode = Tokenizer(teacher).encode
-    assert TokenStore(found["store"]).tokens.tolist() == [token for text in texts for token in [*encode(text), 0]]
+    begin = encode("x") if prompt else [0]
+    expected = [*begin, *encode("ab"), 0, *encode("c7"), *begin, *encode("dede")]
+    # Nothing is added and nothing made anew from the text: a sample of the training is a row as it was written.
+    assert TokenStore(found["store"]).tokens.tolist() == expected
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sampled.txt", "store"]
     assert "data.train" in radlads("prepare", "--sample-from", teacher, *words[:-1], tmp_path / "two", *prompt).out
+
+
+def test_paragraphs_of_a_text_begin_sampled_texts(radlads, teacher, tmp_path):
+    pytest.importorskip("torch")
+    (tmp_path / "p.txt").write_text("Once upon a time\nshort\nThe cat said: the sea\n")
+    words = ["--prompts", tmp_path / "p.txt", "--prompt-tokens", 3, "--seq-len", 8, "--tokens", 80]
+    assert radlads("prepare", "--sample-from", teacher, *words, "--output-dir", tmp_path / "out").status == 0
+    found = TokenStore(tmp_path / "out/store").tokens.reshape(10, 8)[:, :4].tolist()
+    encode = Tokenizer(teacher).encode
+    wanted = [[0, *encode(line)[:3]] for line in ("Once upon a time", "The cat said: the sea", "short") if len(encode(line)) >= 3]
+    assert {tuple(row) for row in found} == set(map(tuple, wanted))
+    words[3] = 1000
+    words[5] = 2000
+    outcome = radlads("prepare", "--sample-from", teacher, *words, "--output-dir", tmp_path / "none")
+    assert outcome.status == 2 and "R302" in outcome.err and not (tmp_path / "none").exists()
 
 
 def test_real_sampling_is_seeded(radlads, teacher, tmp_path):
@@ -64,24 +86,8 @@ def test_conversations_are_sampled_by_the_template(radlads, teacher, tmp_path):
     talks = [json.loads(line)["messages"] for line in first.splitlines()]
     assert talks and all([m["role"] for m in talk] == ["user", "assistant"] * (len(talk) // 2) for talk in talks)
     store = TokenStore(found[0]["store"])
-    assert 0 < found[0]["counted"] < found[0]["tokens"] and store.header["documents"] == len(talks)
-
-
-def test_a_conversation_is_fed_as_the_template_writes_it(teacher, monkeypatch):
-    torch = pytest.importorskip("torch")
-    from radlads.backends.torch import sample
-    from radlads.backends.torch.load import load_model
-    from radlads.folder import open_folder
-
-    model, said = load_model(open_folder(teacher)), iter([21, 22, 2, 99, 99, 31, 2, 99, 99, 41, 42, 2, 99, 51])
-    turns = sample.Turns([5, 6], [2, 7], [2, 8], frozenset({0, 2}))
-    fed = []
-    monkeypatch.setattr(sample, "draw", lambda *_: torch.tensor([[next(said)]]))
-    model.model.register_forward_pre_hook(lambda module, inputs: fed.extend(inputs[0][0].tolist()))
-    (found,) = sample.converse(model, turns, 16, 1, 1.0, torch.Generator())
-    # What is drawn while the template's tokens are due is passed over: 2 begins them, then comes the rest.
-    assert fed == [5, 6, 21, 22, 2, 7, 99, 31, 2, 8, 99, 41, 42, 2, 7]
-    assert found == [[21, 22], [99, 31], [99, 41, 42]]
+    # Every row as it was written, unfinished turns and the user's too: all of it is the model's own.
+    assert found[0]["counted"] == found[0]["tokens"] == 4000 and store.header["documents"] == 10
 
 
 @pytest.mark.parametrize(
@@ -90,6 +96,9 @@ def test_a_conversation_is_fed_as_the_template_writes_it(teacher, monkeypatch):
         ((), "R101"),
         (("--sample-from", "TEACHER", "--chat", "--prompt", "x"), "R101"),
         (("--sample-from", "TEACHER", "--chat", "--seq-len", "5"), "R101"),
+        (("--sample-from", "TEACHER", "--chat", "--prompts", "x.txt"), "R101"),
+        (("--sample-from", "TEACHER", "--prompts", "missing.txt"), "R301"),
+        (("--sample-from", "TEACHER", "--max-seconds", "0"), "R101"),
         (("a.txt", "--tokenizer", "TEACHER", "--take", "0"), "R101"),
         (("a.txt", "--sample-from", "m"), "R101"),
         (("a.txt",), "R101"),
@@ -110,9 +119,11 @@ def test_failed_sampling_leaves_nothing_behind(radlads, teacher, tmp_path, monke
     pytest.importorskip("torch")
 
     def broken(*_, **__):
-        yield list(np.arange(3, 9))
+        yield Written(np.arange(3, 9)[None], np.zeros((1, 6), np.uint8))
         raise MemoryError
 
-    monkeypatch.setattr("radlads.backends.torch.sample.sample_texts", broken)
+    from radlads.backends.torch.sample import Written
+
+    monkeypatch.setattr("radlads.backends.torch.sample.sample_rows", broken)
     assert radlads("prepare", "--sample-from", teacher, "--output-dir", tmp_path / "out").status == 1
     assert list(tmp_path.iterdir()) == []

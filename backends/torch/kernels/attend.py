@@ -22,12 +22,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
     """
     B, H, N = q.shape
     Hkv, S = k.shape[1:3]
-    if not (HAS_TRITON and q.is_cuda) or H // Hkv > MAX_SHARED:
+    if not attend_has_kernel(q) or H // Hkv > MAX_SHARED:
         return attend_plain(q, k, v, filled)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     attend_kernel[(B, Hkv)](q.contiguous(), k, v, filled, out, S, N**-0.5, Hkv, SHARED=H // Hkv, ROWS=MAX_SHARED, N=N,
                             COLUMNS=triton.next_power_of_2(N), PLACES=64, num_warps=4)
     return out
+
+
+def attend_has_kernel(q: Tensor) -> bool:
+    """Whether the kernel takes tensors like this one."""
+    return HAS_TRITON and q.is_cuda
 
 
 @attend.register_fake
