@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from radlads.tokenizer import Tokenizer
 
 KEPT_SHARE = 8  # one layer of eight is suggested to stay softmax, as in the published hybrids
+TEACHERS = "teachers"  # beside the run folders: what is made of teachers that are files
 STOPPED = 75  # exit status of a run that was stopped and can be resumed
 
 
@@ -26,7 +27,7 @@ class TrainOptions:
     """What to train, and where."""
 
     recipe: str | None = arg("Name of a built-in recipe or a YAML file; tiny without one.", metavar="RECIPE", default=None)
-    teacher: str | None = opt(None, "Folder of the teacher, instead of the recipe's.", metavar="DIR")
+    teacher: str | None = opt(None, "Teacher instead of the recipe's: a folder, or a .gguf or .pth file.", metavar="PATH")
     student: str | None = opt(None, "Go on from this student folder instead of a new transfer.", metavar="DIR")
     student_arch: StudentArch | None = opt(None, "Mixer of the student, instead of the recipe's.")
     measure_difficulty: bool = opt(
@@ -96,7 +97,7 @@ def train(options: TrainOptions) -> TrainResult:
 
     require_torch()
     recipe = chosen_recipe(options)
-    inputs = open_inputs(recipe, options.student)
+    inputs = open_inputs(recipe, options)
     from radlads.backends.torch.world import join_world
 
     world = join_world()
@@ -151,7 +152,7 @@ def checked_inputs(options: TrainOptions) -> "Recipe":
     """The recipe, when everything it names is there; a launcher asks before it starts processes."""
     require_torch()
     recipe = chosen_recipe(options)
-    open_inputs(recipe, options.student)
+    open_inputs(recipe, options)
     return recipe
 
 
@@ -211,8 +212,9 @@ def alignment_alone(recipe: "Recipe") -> "Recipe":
     return recipe.model_copy(update={"stages": stages, "student": recipe.student.model_copy(update={"keep_softmax": ()})})
 
 
-def open_inputs(recipe: "Recipe", student: str | None) -> "Inputs":
-    """Everything the recipe names, checked before anything is written."""
+def open_inputs(recipe: "Recipe", options: TrainOptions) -> "Inputs":
+    """Everything the recipe names, checked before anything is written but a teacher's folder made of a file."""
+    from radlads.cli.render import note
     from radlads.data.corpus import check_sources
     from radlads.demo import resolve
     from radlads.folder import open_folder
@@ -224,26 +226,15 @@ def open_inputs(recipe: "Recipe", student: str | None) -> "Inputs":
         check_sources(recipe.data, tokenizer)
         return Inputs(None, tokenizer, None)
     from radlads.backends.torch.convert_run import check_order
+    from radlads.weights_tools.teacher import teacher_folder
 
-    teacher = open_folder(teacher_path(recipe.teacher or ""))
-    begun = None if student is None else open_folder(student)
+    teacher = open_folder(teacher_folder(recipe, run_folder(options, recipe).parent / TEACHERS, note))
+    begun = None if options.student is None else open_folder(options.student)
     if begun is not None:
         check_order(begun, recipe.stages[0])
     tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)
     check_sources(recipe.data, tokenizer)
     return Inputs(teacher, tokenizer, begun)
-
-
-def teacher_path(name: str) -> Path:
-    """The folder of a recipe's teacher; R201 with the way to get it where the name is one of the hub."""
-    from radlads.demo import resolve
-    from radlads.errors import fail
-
-    path = resolve(name)
-    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/")):
-        fix = f"Download it (`hf download {name} --local-dir {name}`) or name a folder with --teacher"
-        raise fail("R201", where=name, why="there is no such folder", fix=fix)
-    return path
 
 
 def run_recipe(run: "Run", inputs: "Inputs", screen: Any, stop: dict[str, int], world: "World") -> bool:

@@ -203,7 +203,8 @@ class Stage(Part):
     ("stream"), the same with the state begun anew at every document ("reset"), or one document, padded ("document").
     `loss` of an align stage: the paper's norm of the difference, or its mean square. `train` names the weights that learn:
     the mixers, all, all but embedding, head and last norm ("layers"), or the decay and what leads to it (step 3a).
-    `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage. The loss of step 2 is
+    `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage. Where one process trains, the model is also
+    measured on the held-out text after every `measure_every` steps. The loss of step 2 is
     kl_weight * divergence(teacher, student) + ce_weight * cross-entropy; `jsd_beta` is the teacher's share of the mixture.
     """
 
@@ -235,6 +236,7 @@ class Stage(Part):
         default_factory=lambda known: "mixer" if known["kind"] == "align" else "all"
     )
     save_every: Annotated[Whole, Field(ge=0)] = 0
+    measure_every: Annotated[Whole, Field(ge=0)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -279,15 +281,25 @@ class Stage(Part):
         return -(-self.tokens // self.tokens_per_step)
 
 
+class TeacherFile(Part):
+    """What a teacher that is one file is known by: the SHA-256 of the file, the archive that holds it, and how to get that."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    archive: str
+    get: str
+
+
 class Recipe(Part):
     """A whole run. A conversion names a `teacher` (and a `student`); `init` instead trains a new teacher from random weights.
 
+    A `teacher` is a folder, or a .gguf or .pth file, which is made a folder first; `teacher_file` says which file is meant.
     `tokenizer` is the new teacher's: a tokenizer.json or a folder that holds one. Relative paths are meant from the working
     directory, or else name a file of the demo in the package.
     """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     teacher: str | None = None
+    teacher_file: TeacherFile | None = None
     init: Annotated[dict[str, Any], AfterValidator(known_fields(ModelSpec, without=NOT_IN_INIT))] | None = None
     tokenizer: str | None = None
     student: Student | None = None
@@ -459,6 +471,7 @@ def keys_at(path: tuple[str | int, ...]) -> list[str]:
         ("data", "train", "#"): list(DataSource.model_fields),
         ("data", "valid", "#"): list(DataSource.model_fields),
         ("eval",): list(Eval.model_fields),
+        ("teacher_file",): list(TeacherFile.model_fields),
         ("parallel",): list(Parallel.model_fields),
         ("parallel", "sequence"): ["distill", "lm"],
         ("init",): [f.name for f in fields(ModelSpec) if f.name not in NOT_IN_INIT],

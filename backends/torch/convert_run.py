@@ -158,7 +158,17 @@ class RecipeRun:
         began = time.perf_counter()
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        if not run_stage(stage, task, self.train, self.run, report, stopping, world):
+
+        def measure(step: int) -> None:
+            """How good the model is in the middle of the stage, as records of their own."""
+            if world.size > 1 or self.teacher is None:
+                return
+            with torch.compiler.set_stance("force_eager"):  # other shapes are not worth their graphs
+                found = evaluate(task.student, self.samples, self.teacher)
+            at = {"stage": stage.number, "step": step, "tokens_seen": step * stage.tokens_per_step}
+            self.run.log({"kind": "curve", **at, **{key: found[key] for key in ("loss", "ppl", "kl", "agreement")}})
+
+        if not run_stage(stage, task, self.train, self.run, report, stopping, world, measure):
             return None
         self.log_resources(stage)
         before = source if isinstance(source, ModelFolder) else None

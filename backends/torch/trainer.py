@@ -172,8 +172,11 @@ def run_stage(
     report: Callable[[Progress], None],
     stopping: Callable[[], bool] = lambda: False,
     world: World | None = None,
+    measure: Callable[[int], None] = lambda step: None,
 ) -> bool:
     """Train the student of `task` in place through `stage`, resuming from the run's last checkpoint of it.
+
+    `measure` is called with the number of steps done, as often as the stage says.
 
     Returns False when `stopping()` asked any process to stop: everything is saved then. Raises R403 when one sequence does
     not fit the memory, R404 when the loss stays non-finite, R406 when another process is gone.
@@ -186,7 +189,7 @@ def run_stage(
     wanted, again = run.recipe.parallel.compile == "auto" and world.device.type == "cuda", task.recomputes
     try:
         with compiled_layers(*models, wanted=wanted, by_part=world.size > 1 or again), recomputed(task.student, again):
-            return steps(parts, parts.resume(), report, stopping, watchdog)
+            return steps(parts, parts.resume(), report, stopping, watchdog, measure)
     except RuntimeError as error:
         world.lost(error)
     finally:
@@ -196,7 +199,12 @@ def run_stage(
 
 
 def steps(
-    parts: StageRun, first: int, report: Callable[[Progress], None], stopping: Callable[[], bool], watchdog: Watchdog
+    parts: StageRun,
+    first: int,
+    report: Callable[[Progress], None],
+    stopping: Callable[[], bool],
+    watchdog: Watchdog,
+    measure: Callable[[int], None],
 ) -> bool:
     """The loop itself, from step `first`."""
     stage, run, world = parts.stage, parts.run, parts.world
@@ -227,6 +235,9 @@ def steps(
             why = f"{skipped} steps in a row had a loss or gradient that is not finite"
             raise fail("R404", where=f"stage {stage.number}, step {done}", why=why, fix="Lower the learning rate")
         report(Progress(stage, done, loss, speed, (stage.steps - done) * elapsed / (done - first)))
+        if stage.measure_every and done % stage.measure_every == 0 and done < stage.steps:
+            measure(done)
+            before = time.perf_counter()  # is no part of the next step
         if stage.save_every and done % stage.save_every == 0 and done < stage.steps:
             parts.save(done)
     parts.checkpoints.finish()

@@ -170,6 +170,15 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, corpus: Corpus) -> No
     assert steps[0] == 5  # from the checkpoint of step 4
 
 
+def test_a_stage_is_measured_as_often_as_it_says(tmp_path: Path, corpus: Corpus) -> None:
+    wanted = recipe(kind="lm", measure_every=2)
+    stage, (student, _) = wanted.stages[0], pair()
+    measured: list[int] = []
+    with begin_run(tmp_path / "run", wanted) as run:
+        assert run_stage(stage, Task(stage, student, None), corpus, run, lambda p: None, measure=measured.append)
+    assert measured == list(range(2, stage.steps, 2)) and measured
+
+
 @pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7"])
 def test_layers_compile_to_few_whole_graphs(mixer: str) -> None:
     """No graph breaks, and all layers of one kind in one graph (the first RAD-RWKV7 layer is a kind of its own)."""
