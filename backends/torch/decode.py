@@ -4,6 +4,7 @@ The state never moves, so on a GPU a whole step is one CUDA graph: a small model
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,8 @@ class Rows:
         x = decoder.embed_tokens(tokens)[:, None]
         context = MixContext(decoder.rotary(self.seen[None], x.dtype))
         filled = self.seen + 1
-        for layer, mixer, held in zip(decoder.layers, self.model.spec.mixers, self.layers, strict=True):
+        layers: list[Any] = list(decoder.layers)
+        for layer, mixer, held in zip(layers, self.model.spec.mixers, self.layers, strict=True):
             normed = layer.input_layernorm(x)
             if mixer == "softmax":
                 x = x + self.attend(layer.self_attn, normed, context, held, filled)
@@ -70,7 +72,7 @@ class Rows:
         self.seen += 1
         return decoder.norm(x)[:, 0]
 
-    def attend(self, mixer: torch.nn.Module, x: Tensor, context: MixContext, held: LayerState, filled: Tensor) -> Tensor:
+    def attend(self, mixer: Any, x: Tensor, context: MixContext, held: LayerState, filled: Tensor) -> Tensor:
         """SoftmaxMixer.forward of one token, its keys and values written into the cache."""
         q, k, v = mixer.project(x, x, x, context.cos_sin if self.model.spec.mixer.kept_rope else None)
         for name, value in (("k", k), ("v", v)):
