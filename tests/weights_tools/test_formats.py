@@ -220,7 +220,7 @@ def test_what_is_no_model_and_outputs_that_would_hurt_are_refused(tmp_path: Path
         ("R401.*lies in the input", lambda: convert(source, source / "inside", "hf")),
         ("R401.*the folder exists", lambda: convert(source, shutil.copytree(source, tmp_path / "old"), "hf")),
         ("R101.*Quantise with --to mlx", lambda: convert(source, tmp_path / "x", "hf", writing=Writing(bits=4))),
-        ("R101.*5 bits", lambda: convert(source, tmp_path / "x", "mlx", writing=Writing(bits=5))),
+        ("R101.*7 bits", lambda: convert(source, tmp_path / "x", "mlx", writing=Writing(bits=7))),
     ]
     for pattern, action in cases:
         with pytest.raises(RadladsError, match=pattern):
