@@ -10,7 +10,7 @@ from radlads.files import read_json
 from radlads.folder import MANIFEST
 from radlads.weights_tools.formats import FORMATS, open_source
 from radlads.weights_tools.formats.format import Output, Reading, Source, Writing, checked, work_key
-from radlads.weights_tools.output import Report, write_output
+from radlads.weights_tools.output import Report, clear, write_output
 
 log = logging.getLogger(__name__)
 FILE_SUFFIXES = {"pth": ".pth", "gguf": ".gguf"}
@@ -74,6 +74,7 @@ def write(
         say(notice)
     nbytes = sum(file.nbytes for file in output_plan.files)
     if is_done(final, output_plan, key, writing.single):
+        clear(final)
         return Conversion(source, final, False, nbytes)
     before = fingerprint(source)
 

@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -87,7 +87,7 @@ def write_output(
     `single` the one large file itself takes the name `final`. Interrupted work stays for the next run; after an error
     (R2xx of the input, R401, R402) nothing stays.
     """
-    partial = final.with_name(f".{final.name}.convert.partial")
+    partial = partial_of(final)
     total = sum(file.nbytes for file in files)
     with as_output_error(final, total):
         check_final(final, single, overwrite)
@@ -115,6 +115,21 @@ def write_output(
             except (OSError, RadladsError, ValueError):
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
+
+
+def partial_of(final: Path) -> Path:
+    """The folder in which an output is written."""
+    return final.with_name(f".{final.name}.convert.partial")
+
+
+def clear(final: Path) -> None:
+    """Remove what stands beside a whole output, left by a run that was killed after it had given it its name."""
+    with as_output_error(final, 0):
+        make_parent(final)
+        partial = partial_of(final)
+        if partial.is_dir():
+            with suppress(RadladsError), locked(partial):
+                shutil.rmtree(partial)
 
 
 def write_small(folder: Path, files: Mapping[str, bytes | Path]) -> None:

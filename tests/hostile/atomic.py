@@ -1,4 +1,4 @@
-"""Writers killed and starved: `python -m tests.hostile.atomic --kills 100 --sizes 50`.
+"""Writers killed and starved: `python -m tests.hostile.atomic --kills 100 --sizes 50`, or some of them: `... conversion archive`.
 
 Each attempt runs in a forked child that is killed with SIGKILL, at a random moment or right before or after one of its calls to
 the file system, or whose files may not grow beyond a size. Afterwards the output must be absent or whole, the old one whole if
@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,21 @@ from radlads.errors import RadladsError
 from radlads.files import sha256, write_file
 from radlads.folder import MANIFEST, open_folder
 from radlads.verify import check_files
+from radlads.weights_tools import output
+from radlads.weights_tools.convert import convert
+from radlads.weights_tools.formats.format import Writing
 from radlads.weights_tools.surgery import make_student
 from tests.hostile.set_cases import sound
 
 CALLS = ("open", "mkdir", "fsync", "rename", "replace", "unlink", "rmdir")  # of the module os
+PLACE = "/dev/shm" if Path("/dev/shm").is_dir() else None  # many small files are synced, and a full disk is feigned anyway
 
 
 class Work:
     """Something to write: from a source, to a place; `whole` tells whether the place holds one of the two right contents."""
+
+    limit = 17_000  # some file of the output is larger
+    again = False  # whether a run may follow on one that came to its end, without --overwrite
 
     def __init__(self, base: Path, old: bool) -> None:
         self.base, self.old = base, old
@@ -50,6 +57,8 @@ class Work:
 
 class OneFile(Work):
     """`write_file` of 300 kB."""
+
+    limit = 290_000
 
     def __init__(self, base: Path, old: bool) -> None:
         super().__init__(base, old)
@@ -93,7 +102,49 @@ class Student(Work):
         return {"rwkv6": "old", "rwkv7": "new"}.get(str(arch), str(arch)) if found.status == "passed" else found.detail
 
 
-WORKS: dict[str, Callable[[Path, bool], Work]] = {"file": OneFile, "folder": Student}
+class Conversion(Work):
+    """A streamed conversion with its journal, synced at every tensor; its bytes are those of a conversion that nobody stopped."""
+
+    target, name, again = "hf", "converted", True
+
+    def __init__(self, base: Path, old: bool) -> None:
+        super().__init__(base, old)
+        self.teacher, self.final = sound(base / "teacher"), self.out / self.name
+        self.known = {"new": self.made(base / "new" / self.name, "F32"), "old": self.made(base / "old" / self.name, "BF16")}
+        if old:
+            self.convert(self.final, "BF16")
+
+    def made(self, place: Path, dtype: str) -> dict[str, str]:
+        """What the conversion gives, made at another place."""
+        place.parent.mkdir()
+        self.convert(place, dtype)
+        return hashes(place)
+
+    def convert(self, place: Path, dtype: str) -> None:
+        output.SYNC_BYTES = 1
+        convert(self.teacher, place, self.target, writing=Writing(dtype=dtype), overwrite=self.old, say=lambda text: None)
+
+    def run(self) -> None:
+        self.convert(self.final, "F32")
+
+    def state(self) -> str:
+        aside = list(self.out.glob(f".{self.name}.old.*"))  # killed between the two renames of an overwrite
+        found = hashes(self.final if self.final.exists() or not aside else aside[0])
+        return next((name for name, known in self.known.items() if known == found), "absent" if not found else str(found))
+
+
+class Archive(Conversion):
+    """The same into a single file."""
+
+    target, name = "pth", "converted.pth"
+
+
+WORKS: dict[str, type[Work]] = {
+    "file": OneFile,
+    "folder": Student,
+    "conversion": Conversion,
+    "archive": Archive,
+}
 
 
 def attempt(work: Work, prepare: Callable[[], None], delay: float | None = None) -> int:
@@ -158,7 +209,7 @@ def faults_after(work: Work, before: dict[str, str], allowed: set[str]) -> list[
         found.append(f"the output is {state}")
     if hashes(work.base / "teacher") != before:
         found.append("the source has changed")
-    if state != "new" or work.old:  # a folder that is whole is not written twice without --overwrite
+    if state != "new" or work.old or work.again:
         work.run()
     if work.state() != "new":
         found.append(f"the next run leaves {work.state()}")
@@ -168,13 +219,14 @@ def faults_after(work: Work, before: dict[str, str], allowed: set[str]) -> list[
 
 
 def hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of each file of the source."""
-    return {file.name: sha256(file) for file in sorted(path.iterdir())} if path.exists() else {}
+    """SHA-256 of a file, or of each one in a folder; nothing where there is none."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    return {file.name: sha256(file) for file in files}
 
 
 def trial(kind: str, old: bool, prepare: Callable[[], None], delay: float | None, expected: set[int] | None) -> list[str]:
     """One attempt in a fresh folder; [] if all is well, ["done"] if the child came to its end."""
-    base = Path(tempfile.mkdtemp())
+    base = Path(tempfile.mkdtemp(dir=PLACE))
     try:
         work = WORKS[kind](base, old)
         before = hashes(base / "teacher")
@@ -189,8 +241,11 @@ def trial(kind: str, old: bool, prepare: Callable[[], None], delay: float | None
         shutil.rmtree(base, ignore_errors=True)
 
 
-def run(kills: int, sizes: int, seed: int, step: int = 1) -> dict[str, Any]:
-    """All trials; numbers of each kind, and the faults."""
+def run(kills: int, sizes: int, seed: int, step: int = 1, kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """All trials of the named kinds of work, of all by default; numbers of each kind of trial, and the faults.
+
+    Kills at random and sizes are shared out among the kinds, each with and without an old output.
+    """
     rng = random.Random(seed)
     counts = {"at a call": 0, "at random": 0, "disk full": 0}
     faults: list[str] = []
@@ -200,7 +255,8 @@ def run(kills: int, sizes: int, seed: int, step: int = 1) -> dict[str, Any]:
             counts[name] += 1
             faults.extend(f"{label}: {fault}" for fault in found)
 
-    for kind in WORKS:
+    share = 2 * len(kinds or WORKS)
+    for kind in kinds or WORKS:
         for old in (False, True):
             for after in (False, True):
                 number = 1
@@ -210,13 +266,14 @@ def run(kills: int, sizes: int, seed: int, step: int = 1) -> dict[str, Any]:
             start = time.perf_counter()
             trial(kind, old, lambda: None, None, None)
             span = time.perf_counter() - start
-            left, tries = -(-kills // 4), 0
+            left, tries = -(-kills // share), 0
             while left and tries < 20 * kills:  # some come to their end before they are killed
                 tries, delay = tries + 1, rng.random() * span
                 found = trial(kind, old, lambda: None, delay, None)
                 left -= found != ["done"]
                 record("at random", f"{kind}, old {old}, killed after {delay:.4f} s", found)
-            for size in np.unique(np.geomspace(1, 290_000 if kind == "file" else 17_000, -(-sizes // 4)).astype(int)):
+            limit = WORKS[kind].limit
+            for size in np.unique(np.geomspace(1, limit, -(-sizes // share)).astype(int)):
                 record("disk full", f"{kind}, old {old}, {size} bytes", trial(kind, old, limit_size(int(size)), None, {3}))
     return {**counts, "faults": faults[:20]}
 
@@ -224,12 +281,13 @@ def run(kills: int, sizes: int, seed: int, step: int = 1) -> dict[str, Any]:
 def main() -> int:
     """Run the trials and print what came of them."""
     parser = argparse.ArgumentParser(description="Writers killed and starved.")
+    parser.add_argument("kinds", nargs="*", choices=[[], *WORKS], help="what is written; all by default")
     parser.add_argument("--kills", type=int, default=100, help="kills at random moments (default 100)")
     parser.add_argument("--sizes", type=int, default=50, help="sizes at which the disk is full (default 50)")
     parser.add_argument("--step", type=int, default=1, help="kill at every n-th call only (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    result = run(options.kills, options.sizes, options.seed, options.step)
+    result = run(options.kills, options.sizes, options.seed, options.step, options.kinds)
     print(json.dumps(result))
     return 1 if result["faults"] else 0
 

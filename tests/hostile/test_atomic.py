@@ -33,9 +33,9 @@ def run(*arguments: str) -> dict[str, object]:
 
 
 def test_killed_and_starved_writers_leave_nothing_half_written() -> None:
-    result = run("-m", "tests.hostile.atomic", "--kills", "8", "--sizes", "8", "--step", "6")
+    result = run("-m", "tests.hostile.atomic", "--kills", "16", "--sizes", "16", "--step", "7")
     assert result["faults"] == []
-    assert result["at a call"] >= 15 and result["at random"] == 8 and result["disk full"] == 8, result  # type: ignore[operator]
+    assert result["at a call"] >= 15 and result["at random"] == 16 and result["disk full"] == 16, result  # type: ignore[operator]
 
 
 def test_a_writer_in_place_would_be_noticed() -> None:
