@@ -23,6 +23,7 @@ class ConvertOptions:
     q_group_size: int = opt(64, "Weights that share a scale: 32, 64 or 128.")
     config: str | None = opt(None, "config.json or the teacher's folder, for a .pth; an adapter's model.", metavar="DIR_OR_JSON")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7, where its tensors cannot tell.")
+    stage: Literal["0", "1", "2", "3"] | None = opt(None, "Stage of a student whose files do not say.")
     allow_nonfinite: bool = opt(False, "Take weights that hold NaN or infinity.", "--allow-nonfinite")
     output_dir: str = opt("converted", "Folder to write; or a file, if it ends in .gguf or .pth.", metavar="PATH")
     overwrite: bool = opt(False, "Replace the output if it exists.", "--overwrite")
@@ -82,7 +83,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
             options.source,
             options.output_dir,
             options.to,
-            reading=Reading(options.config, options.variant),
+            reading=Reading(options.config, options.variant, None if options.stage is None else int(options.stage)),
             writing=writing,
             allow_nonfinite=options.allow_nonfinite,
             overwrite=options.overwrite,

@@ -22,6 +22,7 @@ class InspectOptions:
     model: str = arg("Folder or file of the model: safetensors, MLX, .pth or .gguf.", metavar="MODEL", flag="--model")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7 model, which files do not say.")
     config: str | None = opt(None, "Folder or config.json to read instead of the model's.", metavar="PATH")
+    stage: Literal["0", "1", "2", "3"] | None = opt(None, "Stage of a student whose files do not say.")
     tensors: bool = opt(False, "List every tensor.", "--tensors")
     diff: str | None = opt(None, "Another model: say how the two differ, values included.", metavar="OTHER")
     json: bool = opt(False, "Print one JSON document.", "--json")
@@ -103,7 +104,8 @@ def inspect_model(options: InspectOptions) -> InspectResult:
     from radlads.weights_tools.formats import open_source
     from radlads.weights_tools.formats.format import Reading
 
-    source = open_source(options.model, Reading(options.config, options.variant))
+    stage = None if options.stage is None else int(options.stage)
+    source = open_source(options.model, Reading(options.config, options.variant, stage))
     difference = None
     if options.diff is not None:
         other = open_source(options.diff, Reading(options.config, options.variant))
@@ -126,7 +128,7 @@ def _result(source: "Source", tensors: bool, difference: dict[str, Any] | None) 
         quantised=source.quantised,
         family=spec.family,
         architecture=spec.recurrent or "softmax",
-        stage=manifest.get("stage") if spec.recurrent else None,
+        stage=source.stage,
         dtype=STORED[source.dtype],
         parameters=spec.parameters(),
         weight_bytes=sum(row.nbytes for row in source.stored),

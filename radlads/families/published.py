@@ -80,6 +80,9 @@ def detect(shapes: Shapes, config: Mapping[str, Any] | None, *, variant: str | N
     check_stated_kind(recurrent, config)
     check_kept(mixers, config, notices)
     base = base_spec(shapes, first, config, mixers, notices)
+    if PUBLISHED.get(str(config.get("model_type")), "") is None:
+        told = "norms of q and k" if base.qk_norm else "biases" if base.qkv_bias else "neither biases nor norms of q and k"
+        notices.append(f"teacher family {base.family}: the layout names none, there are {told} (a teacher's config in --config tells)")
     if variant is not None and recurrent not in ("rwkv7", "hxa07b", "hxa07c"):
         raise fail("R101", where="--variant", why=f"a model with {recurrent} layers has no variants", fix="Leave it out")
     options = mixer_options(first, config, recurrent, variant, bool(base.kept_layers), notices)
@@ -189,6 +192,8 @@ def base_spec(
     if tied != stated.tie_embeddings:
         held = "no lm_head is stored, so the embedding is the head" if tied else "an lm_head is stored, and it is used"
         notices.append(f"{held}, although the config says tie_word_embeddings {str(stated.tie_embeddings).lower()}")
+    if "rms_norm_eps" not in config:
+        notices.append(f"norm epsilon {stated.rms_norm_eps:g}: the config has no rms_norm_eps (set it in --config)")
     if "rope_theta" not in config and "rope_parameters" not in config:
         notices.append(f"rotary base {stated.rope_theta:g}: the config has no rope_theta (set it in --config)")
     return replace(

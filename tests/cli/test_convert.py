@@ -70,3 +70,29 @@ def test_a_quantised_teacher_talks_on_mlx_and_is_no_teacher_of_a_student(radlads
     assert "--backend mlx" in radlads("generate", tmp_path / "q", "-p", "x", "--backend", "torch").err
     outcome = radlads("init", tmp_path / "q", "--student-arch", "rwkv7", "--output-dir", tmp_path / "student")
     assert outcome.status == 2 and "R205" in outcome.err and "quantised" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "words"),
+    [
+        ("L2-D32-qwen2-rwkv7-2.pth", 1, "runs since then mean stage 2"),
+        ("L2-D32-qwen2-rwkv7-3.pth", 2, "until May 2025 (--stage overrides)"),
+        ("L2-D32-qwerky7_qwen2-1/rwkv-final.pth", 1, "until May 2025 (--stage overrides)"),
+        ("rwkv-final.pth", None, "it counts as finished, stage 3 (--stage overrides)"),
+    ],
+)
+def test_the_stage_of_upstreams_checkpoints_is_read_from_their_names(radlads, teacher, tmp_path, name, stage, words):
+    assert radlads("init", teacher, "--student-arch", "rwkv7", "--output-dir", tmp_path / "student").status == 0
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    assert radlads("convert", tmp_path / "student", "--to", "pth", "--output-dir", path).status == 0
+    given = ("--config", str(teacher))
+    found = json.loads(radlads("inspect", path, *given, "--json").out)
+    assert found["stage"] == stage and any(notice.endswith(words) or words in notice for notice in found["notices"])
+    out = ("--output-dir", tmp_path / "out")
+    outcome = radlads("convert", path, *given, *out)
+    assert words in outcome.err and open_folder(tmp_path / "out").stage == (stage or 3)
+    assert radlads("convert", path, *given, "--stage", 2, "--output-dir", tmp_path / "other").status == 0
+    assert open_folder(tmp_path / "other").stage == 2
+    outcome = radlads("inspect", tmp_path / "other", "--stage", 1)
+    assert outcome.status == 2 and "R101" in outcome.err and "own record" in outcome.err

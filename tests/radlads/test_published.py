@@ -46,6 +46,9 @@ def test_notices_say_what_was_inferred_and_how_to_override_it() -> None:
     assert "nope_in_transformer" in notices(HXA, without=("nope_in_transformer",))
     assert "nope_in_transformer" not in notices(HXA)
     assert "32, 33, 34, 35 are softmax" in notices(HXA, without=("transformer_layers",))
+    assert "norm epsilon 1e-06" in notices(QRWKV7_7B, without=("rms_norm_eps",)) and "epsilon" not in notices(QRWKV7_7B)
+    assert "family llama: the layout names none" in notices(BY_NAME["HRWKV7-Reka-Flash3-Preview"])
+    assert "family seed_oss" in notices(SEED) and "family" not in notices(QRWKV7_7B)
     assert "rotary base 10000" in notices(QRWKV7_7B, without=("rope_theta",))
 
 

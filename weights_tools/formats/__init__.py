@@ -1,5 +1,7 @@
 """The register of formats, and how a path tells which one it is."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from radlads.errors import fail
@@ -8,11 +10,13 @@ from radlads.folder import CONFIG
 from radlads.quantised import KEYS
 from radlads.tensors import INDEX, SINGLE
 from radlads.weights_tools.formats import gguf, hf, mlx, pth
-from radlads.weights_tools.formats.format import Format, Reading, Source
+from radlads.weights_tools.formats.format import FINISHED, Format, Reading, Source
 from radlads.weights_tools.formats.gguf_file import MAGIC
 from radlads.weights_tools.formats.pth_file import ZIP
 
 FORMATS: dict[str, Format] = {module.NAME: module for module in (hf, mlx, pth, gguf)}  # type: ignore[misc]
+
+RUN_NAME = re.compile(r"L\d+-D\d+-.+-([123])")
 
 
 def recognise(path: Path) -> tuple[str, Path]:
@@ -44,6 +48,25 @@ def only_file(folder: Path) -> tuple[str, Path]:
 
 
 def open_source(path: Path | str, reading: Reading | None = None) -> Source:
-    """The model at `path`, whatever its format; R2xx."""
+    """The model at `path`, whatever its format; R2xx, R101 for a stage where there is nothing to say."""
+    reading = reading or Reading()
     name, place = recognise(Path(path))
-    return FORMATS[name].read(place, reading or Reading())
+    source = FORMATS[name].read(place, reading)
+    if source.spec.recurrent is not None and source.manifest is None:
+        stage, notice = stage_by_name(place) if reading.stage is None else (reading.stage, f"stage {reading.stage}: as asked")
+        return replace(source, told_stage=stage, notices=(*source.notices, notice))
+    if reading.stage is not None:
+        why = "the model's own record says it" if source.spec.recurrent else "a teacher has none"
+        raise fail("R101", where="--stage", why=why, fix="Leave it out")
+    return source
+
+
+def stage_by_name(path: Path) -> tuple[int | None, str]:
+    """The stage that upstream's name of a run or checkpoint tells (L28-D3584-qwen2-rwkv7-2.pth), and a word about it."""
+    found = next((match for name in (path.stem, path.resolve().parent.name) if (match := RUN_NAME.fullmatch(name))), None)
+    if found is None:
+        return None, f"no stage: nothing says; converted, it counts as finished, stage {FINISHED} (--stage overrides)"
+    number = int(found[1])
+    stage = max(1, number - 1)
+    later = f"; runs since then mean stage {number} by it" if stage != number < 3 else ""
+    return stage, f"stage {stage}: -{number} in its name, as upstream numbered until May 2025{later} (--stage overrides)"

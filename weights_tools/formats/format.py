@@ -18,6 +18,7 @@ from radlads.weights_tools.lazy import Lazy, cast, finite
 from radlads.weights_tools.output import OutputFile
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FINISHED = 3  # the stage of a student that says nothing of it
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -34,10 +35,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the user says about the input: a folder or file with its config, and the era of an RAD-RWKV7 model."""
+    """What the user says about the input: a folder or file with its config, the era of an RAD-RWKV7 model, and the stage of a
+    student whose files do not say."""
 
     config: str | None = None
     variant: str | None = None
+    stage: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,14 @@ class Source:
     manifest: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
     quantised: bool = False
+    told_stage: int | None = None  # of a student without a manifest: what the user or its name says
+
+    @property
+    def stage(self) -> int | None:
+        """0 to 3 for a student, None for a teacher and where nothing says."""
+        if self.spec.recurrent is None:
+            return None
+        return self.told_stage if self.manifest is None else self.manifest["stage"]
 
     @property
     def dtype(self) -> str:
@@ -161,7 +172,7 @@ def manifest_of(
 ) -> bytes:
     """radlads.json of an output: what the source's says, this conversion at the end of the history, hashes of all files."""
     old = dict(source.manifest or {})
-    stage = old.get("stage") if source.manifest or source.spec.recurrent is None else 3
+    stage = old.get("stage") if source.spec.recurrent is None else FINISHED if source.stage is None else source.stage
     origin = {"name": source.path.resolve().name, "files": {path.name: path.stat().st_size for path in source.inputs}}
     if known := old.get("files"):
         origin["sha256"] = {path.name: known[path.name] for path in source.inputs if path.name in known}
@@ -179,7 +190,7 @@ def work_key(source: Source, writing: Writing, target: str, allow: bool) -> str:
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.inputs]
     small = {name: hashlib.sha256(content_of(content)).hexdigest() for name, content in source.files.items()}
     parts = [radlads.__version__, target, asdict(writing), allow, stats, small, source.spec.to_dict(), source.config]
-    parts += [str(source.path.resolve()), source.manifest]
+    parts += [str(source.path.resolve()), source.manifest, source.stage]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
