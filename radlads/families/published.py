@@ -82,7 +82,7 @@ def detect(shapes: Shapes, config: Mapping[str, Any] | None, *, variant: str | N
     base = base_spec(shapes, first, config, mixers, notices)
     if PUBLISHED.get(str(config.get("model_type")), "") is None:
         told = "norms of q and k" if base.qk_norm else "biases" if base.qkv_bias else "neither biases nor norms of q and k"
-        notices.append(f"teacher family {base.family}: the layout names none, there are {told} (a teacher's config in --config tells)")
+        notices.append(f"teacher family {base.family}: the layout names none, there are {told} (the teacher's --config tells)")
     if variant is not None and recurrent not in ("rwkv7", "hxa07b", "hxa07c"):
         raise fail("R101", where="--variant", why=f"a model with {recurrent} layers has no variants", fix="Leave it out")
     options = mixer_options(first, config, recurrent, variant, bool(base.kept_layers), notices)
