@@ -9,6 +9,7 @@ at a step and in a save, then resume on N and on 1. sequence: one long sequence 
 Prints one JSON line a result, and the table last; `--table results.jsonl` prints the table of earlier results.
 """
 import argparse
+import gc
 import json
 import os
 import queue
@@ -75,9 +76,11 @@ def train(job: Job, world: Any) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
     gpu = costs.gpu_called(name) if on_gpu else None
     way = costs.ways_of(recipe, spec, student, world.size, gpu)[job["kind"]]
+    gc.collect()  # FSDP's groups hold their modules, and those them
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0
     began = time.perf_counter()
     parallel.fill, parallel.load_on = random_values, random_whole
     folders = [type("Folder", (), {"spec": one, "weights": {}})() for one in (spec, student)]
@@ -91,22 +94,28 @@ def train(job: Job, world: Any) -> dict[str, Any]:
         communication = look.communication()
     world.barrier()
     steps = [r for r in read_metrics(job["folder"]) if r["kind"] == "train"]
-    timed = sorted(r["step_s"] for r in steps[len(steps) // 3 : len(steps) - PROFILED * look.wanted])
     told = ("check", "kind", "shape", "precision", "micro", "seq_len")
     result: dict[str, Any] = {key: job[key] for key in told} | {"layers": spec.L, "processes": world.size, "device": name}
     result |= {"layout": way.layout, "teacher": way.teacher, "recompute": way.recompute, "moments": way.moments}
     result |= {"steps": len(steps), "build_s": round(built, 1), "first_step_s": steps[0]["step_s"]}
-    result |= {"step_s": timed[len(timed) // 2], "saved_s": [round(s, 2) for s in look.saved]}
+    result |= {"step_s": usual(steps, PROFILED * look.wanted), "saved_s": [round(s, 2) for s in look.saved]}
     result |= {"losses": [r["loss"] for r in steps], "norms": [r["grad_norm"] for r in steps]}
     result["tok_s_per_gpu"] = planned.tokens_per_step / result["step_s"] / world.size
     if on_gpu:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        result["held_before_gib"] = held
     if gpu is not None:
         plan = costs.plan_stage(planned, spec, student, way, world.size, gpu, job["precision"])
         result |= {"planned_gib": plan.peak_gib, "planned_step_s": plan.seconds / plan.steps}
         result["mfu"] = plan.flops_per_token * result["tok_s_per_gpu"] / gpu.flops
     return result | communication
+
+
+def usual(steps: list[dict[str, Any]], left_out: int = 0) -> float:
+    """Median seconds of a step, the first third (compilation) and some last ones left out."""
+    timed = sorted(r["step_s"] for r in steps[len(steps) // 3 : len(steps) - left_out])
+    return float(timed[len(timed) // 2])
 
 
 def spec_of(job: Job) -> Any:
@@ -192,12 +201,18 @@ class Look:
 
     def step(self, progress: Any) -> None:
         if self.world.first:
-            print(f"STEP {progress.step} {progress.loss!r}", flush=True)
+            print(f"STEP {progress.step} {progress.loss!r} {self.peak():.2f} GiB", flush=True)
         if self.wanted and self.world.first and progress.step == self.job["steps"] - PROFILED:
             from torch.profiler import ProfilerActivity, profile
 
             self.profile = profile(activities=[ProfilerActivity.CUDA])
             self.profile.start()
+
+    def peak(self) -> float:
+        """GiB that were allocated at once so far."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30 if self.world.device.type == "cuda" else 0.0
 
     def communication(self) -> dict[str, float]:
         """Shares of the profiled steps: in collectives, in collectives while nothing else ran, and in which nothing ran."""
@@ -247,6 +262,7 @@ class Group:
                 self.processes.append(subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(jobs)], env=environment,
                                                        stdout=subprocess.PIPE, stderr=err, text=True))
         self.lines: queue.Queue[str] = queue.Queue()
+        self.seen = ""
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
@@ -265,6 +281,7 @@ class Group:
                 continue
             if not line:
                 return None
+            self.seen = line.strip() or self.seen
             if line.startswith(begins):
                 return line[len(begins) :].strip()
         return None
@@ -290,7 +307,8 @@ def measure(jobs: list[Job], processes: int, first: int = 0, limit: float = 240)
                 job = jobs[len(results)]
                 time.sleep(2)  # the others may still say why
                 failed = {rank: group.words(rank, 4) for rank in range(processes)}
-                results.append({key: job[key] for key in ("check", "kind", "shape")} | {"processes": processes, "failed": failed})
+                result = {key: job[key] for key in ("check", "kind", "shape")} | {"processes": processes, "failed": failed}
+                results.append(result | partial_result(job, group.seen))
                 break
             results.append(dict(json.loads(found)))
         else:
@@ -298,6 +316,15 @@ def measure(jobs: list[Job], processes: int, first: int = 0, limit: float = 240)
                 process.wait(60)
         group.end()
     return results
+
+
+def partial_result(job: Job, seen: str) -> dict[str, Any]:
+    """What is known of a job that did not come to its end."""
+    from radlads.runs import read_metrics
+
+    path = Path(job["folder"])
+    steps = [r for r in read_metrics(path) if r["kind"] == "train"] if (path / "metrics.jsonl").exists() else []
+    return {"last_line": seen, "steps": len(steps), **({"step_s": usual(steps)} if steps else {})}
 
 
 def at_once(*calls: Any) -> list[Any]:
@@ -362,7 +389,8 @@ class Bench:
         jobs = [self.job("scale", kind, layers=self.given.layers if kind == "distill" else None, communication=True)
                 for kind in ("align", "distill")]
         jobs = [{**job, "batch": job["micro"] * n} for job in jobs]
-        return [*jobs, self.job("sequence", "lm", layers=4, steps=6, parallel={"recompute": "always"}, communication=True)]
+        long = self.job("sequence", "lm", shape="qwen2.5-1.5b", steps=8, parallel={"recompute": "always"}, communication=True)
+        return [*jobs, long]
 
     def equal(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
         """The largest relative differences between one and many processes."""
@@ -388,10 +416,12 @@ class Bench:
         job = self.job("kill", "distill", shape="smollm2-135m", layers=layers, steps=16, save_every=4, micro=2, batch=2 * self.N,
                        precision=precision, compile="off")
         own = {**job, "folder": f"{self.place}/killed-{precision}"}
-        (whole,) = measure([{**job, "folder": f"{self.place}/whole-{precision}"}], self.N)
-        self.add(whole)
-        for moment, victim in (("step", self.N - 1), ("save", 0)):
-            self.add({**self.killed(own, moment, victim), "precision": precision})
+
+        def interrupted() -> list[dict[str, Any]]:
+            return [self.killed(own, moment, victim) for moment, victim in (("step", self.N - 1), ("save", 0))]
+
+        (whole,), ends = at_once(lambda: measure([{**job, "folder": f"{self.place}/whole-{precision}"}], self.N), interrupted)
+        self.add(whole, *({**end, "precision": precision} for end in ends))
         alone = f"{own['folder']}-alone"
         shutil.copytree(own["folder"], alone)
         runs = ((self.N, own["folder"]), (1, alone))
@@ -435,8 +465,12 @@ class Bench:
         exact = self.exact_jobs() if "equal" in checks else []
         wanted = [check for check in ("scale", "sequence") if check in checks]
         timed = {n: [job for job in self.timed_jobs(n) if job["check"] in wanted] for n in (1, N)}
-        one, alone = at_once(lambda: measure(exact, 1, 0), lambda: measure(timed[1], 1, 0 if self.cpu else N - 1))
+        # Long sequences after the exact runs: both lists then take about as long.
+        short = [job for job in timed[1] if job["kind"] != "lm"]
+        long = [job for job in timed[1] if job["kind"] == "lm"]
+        one, alone = at_once(lambda: measure([*exact, *long], 1, 0), lambda: measure(short, 1, 0 if self.cpu else N - 1))
         self.add(*one, *alone)
+        one, alone = one[: len(exact)], [*alone, *one[len(exact) :]]
 
         def pairs() -> None:
             many = measure(self.split(self.folders(exact)), N)
@@ -483,7 +517,7 @@ def table(results: list[dict[str, Any]]) -> str:
         mfu, nan = r.get("mfu"), float("nan")
         cells = [f"{r.get(key, nan):7.2f}" for key in ("peak_gib", "reserved_gib", "planned_gib", "step_s", "planned_step_s")]
         names = ("times", "loss_difference", "norm_difference", "collectives", "exposed", "idle", "precision", "moment", "victim",
-                 "in_save", "ended_after_s", "status", "checkpoints", "message", "resumed_on", "steps", "layout", "teacher",
+                 "in_save", "ended_after_s", "status", "checkpoints", "message", "last_line", "resumed_on", "steps", "layout", "teacher",
                  "recompute", "moments", "micro", "first_step_s", "build_s", "saved_s", "failed")
         told = {name: r[name] for name in names if r.get(name) not in (None, [])}
         rest = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
