@@ -31,6 +31,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads
         "vocab_size": 512}
 CHECKS = ("equal", "kill", "sequence", "scale", "whole")
 PROFILED = 3  # steps at the end of a run whose communication is looked at, and which are not timed
+USUAL = ("optimizer", "whole", "never")  # what the table does not tell
 Job = dict[str, Any]
 
 
@@ -517,9 +518,9 @@ def table(results: list[dict[str, Any]]) -> str:
         mfu, nan = r.get("mfu"), float("nan")
         cells = [f"{r.get(key, nan):7.2f}" for key in ("peak_gib", "reserved_gib", "planned_gib", "step_s", "planned_step_s")]
         names = ("times", "loss_difference", "norm_difference", "collectives", "exposed", "idle", "precision", "moment", "victim",
-                 "in_save", "ended_after_s", "status", "checkpoints", "message", "last_line", "resumed_on", "steps", "layout", "teacher",
-                 "recompute", "moments", "micro", "first_step_s", "build_s", "saved_s", "failed")
-        told = {name: r[name] for name in names if r.get(name) not in (None, [])}
+                 "in_save", "ended_after_s", "status", "checkpoints", "message", "last_line", "resumed_on", "steps", "layout",
+                 "teacher", "recompute", "moments", "micro", "first_step_s", "build_s", "saved_s", "failed")
+        told = {name: r[name] for name in names if r.get(name) not in (None, [], *USUAL)}
         rest = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
         lines.append(f"{r['check']:8} {r.get('kind', ''):7} {r.get('processes', '')!s:2} {r.get('layers', '')!s:5}"
                      f"{r.get('tok_s_per_gpu', 0):10.0f} {'' if mfu is None else f'{mfu:.1%}':>6} {' '.join(cells)}  "
