@@ -114,10 +114,37 @@ def spread(task: Task, how: Parallel, world: World, precision: str) -> None:
     task.units = mixers_of(task.student) if align else units_of(task.student)
     for unit in task.units:
         fully_shard(unit, mesh=world.mesh, reshard_after_forward=not task.gathered_once, mp_policy=policy)
+    for unit in task.units if align else ():
+        reduce_early(unit)
     for unit, following in pairwise(task.units):
         # Asked for one unit early, weights are there when their turn comes, even where the GPU waits for Python.
         unit.set_modules_to_forward_prefetch([following])
     fully_shard(task, mesh=world.mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=own)
+
+
+def reduce_early(unit: Any) -> None:
+    """Reduce the gradients of a unit as soon as it has them all.
+
+    FSDP waits for the gradient of the unit's input. In step 1 there is none: all units would be reduced after the backward
+    pass, and nothing would hide it.
+    """
+    group = unit._get_fsdp_state()._fsdp_param_group
+    hooked: set[nn.Parameter] = set()
+    missing: set[nn.Parameter] = set()
+
+    def has_gradient(parameter: Tensor) -> None:
+        missing.discard(parameter)  # type: ignore[arg-type]
+        if not missing:
+            group.post_backward()
+
+    def begin(*_: Any) -> None:
+        whole = {p for p in unit.parameters() if p.requires_grad}
+        missing.update(whole if torch.is_grad_enabled() else ())
+        for parameter in whole - hooked:
+            parameter.register_post_accumulate_grad_hook(has_gradient)
+        hooked.update(whole)
+
+    unit.register_forward_pre_hook(begin)  # after FSDP's own: the parameters are whole by then
 
 
 def build_task(
