@@ -175,9 +175,11 @@ class Parallel(Part):
     `layout` of the student: "optimizer" gathers weights once a step and shards masters and moments (ZeRO-2), "full" shards
     weights too and gathers them unit by unit. `teacher`: "whole" on each GPU, "sharded", or "offloaded" to the CPU's memory.
     `vocab_heads` splits the output matrices by vocabulary. `sequence` is how many processes share one sequence, by kind of
-    stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in.
-    `compile` "auto" compiles the layers on a GPU, as wholes where one process trains, else in parts. After
-    `hang_timeout` seconds without a step a run saves its stacks and ends (0: never). "auto" takes what fits the GPUs.
+    stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in. `masters`
+    "none": bfloat16 weights have no float32 masters and are rounded up or down by chance (one process, float32 moments).
+    `compile` "auto" compiles the layers on a GPU, as wholes where one process trains, else in parts. `cuda_graphs` "auto"
+    records micro-batches as graphs where one process trains on a GPU and nothing is recomputed. After `hang_timeout` seconds
+    without a step a run saves its stacks and ends (0: never). "auto" takes what fits the GPUs.
     """
 
     layout: Literal["auto", "optimizer", "full"] = "auto"
@@ -186,8 +188,16 @@ class Parallel(Part):
     sequence: dict[Literal["distill", "lm"], Count] = Field(default_factory=dict)
     recompute: Literal["auto", "always", "never"] = "auto"
     moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    masters: Literal["float32", "none"] = "float32"
     compile: Literal["auto", "off"] = "auto"
+    cuda_graphs: Literal["auto", "off"] = "auto"
     hang_timeout: Annotated[Number, Field(ge=0, lt=1e6)] = 1800.0
+
+    @model_validator(mode="after")
+    def _masters_fit(self) -> "Parallel":
+        if self.masters == "none" and self.moments != "float32":
+            raise ValueError(f"masters none goes with float32 moments, not with {self.moments}")
+        return self
 
     def sharing(self, kind: str) -> int:
         """How many processes share one sequence in a stage of this kind."""

@@ -119,7 +119,7 @@ def alignment_errors(
         x, distance = step(layer, mixer, x, teacher_context, context)
         if distance is not None:
             distance = distance if loss == "norm" else distance.square()
-            errors.append((distance if real is None else distance[real]).mean())
+            errors.append(distance.mean() if real is None else distance.masked_fill(~real, 0).sum() / real.sum().clamp(min=1))
     return torch.stack(errors)
 
 

@@ -1,17 +1,18 @@
 """AdamW as the protocol sets it: parameter groups, clipping, float32 masters, and learning rates by token count."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from radlads.backends.torch.kernels.adamw import adamw_, adamw_has_kernel
+from radlads.backends.torch.kernels.adamw import Table, adamw_has_kernel, adamw_plain
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.moments import Packed, SmallAdamW
 from radlads.recipe import Stage
 from radlads.schedule import learning_rate
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # Step 3a trains the decay and what leads to it; everything else stays.
 DECAY_NAMES = ("time_decay", "time_maa_w", "time_maa_x", ".w0", ".w1", ".w2")
 
@@ -37,9 +38,16 @@ def trainable(model: Model, train: str) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def local(x: Any) -> Any:
-    """What this process holds of a tensor."""
-    return x.to_local() if hasattr(x, "to_local") else x
+class Update(NamedTuple):
+    """What one update was: learning rate of the mixers (or, without any, of the rest), gradient norm before clipping, and how
+    many weights stayed as they were though their update was not zero (None where that is not counted).
+
+    The tensors are on the device, and nobody has waited for them.
+    """
+
+    rate: float
+    norm: Tensor
+    lost: Tensor | None
 
 
 class Optimizer:
@@ -50,80 +58,81 @@ class Optimizer:
         parameters: dict[str, nn.Parameter],
         stage: Stage,
         moments: str = "float32",
-        total_norm: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
+        masters: str = "float32",
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`moments` is what they are kept in; `total_norm` knows where gradients are shards of larger ones."""
-        self.stage, self.parameters, self.total_norm = stage, parameters, total_norm
-        # The same tensor where it is float32 already.
-        self.masters = {name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()}
-        groups: dict[str, list[Tensor]] = {"base": [], "mixer": []}
-        self.groups: dict[str, list[str]] = {"base": [], "mixer": []}
-        # Updates made so far: steps that were not skipped.
-        self.updates = 0
-        for name, master in self.masters.items():
-            group = "mixer" if ".self_attn." in name else "base"
-            self.groups[group].append(name)
-            groups[group].append(master)
-        tables = [{"params": members, "name": name} for name, members in groups.items() if members]
-        settings: dict[str, Any] = {"lr": stage.lr, "betas": stage.betas, "eps": stage.eps, "weight_decay": stage.weight_decay}
-        self.adam: torch.optim.Optimizer
-        if moments == "float32":
-            self.adam = torch.optim.AdamW(tables, **settings, fused=True)
-        else:
-            self.adam = SmallAdamW(tables, moments, **settings)
+        """`moments` is what they are kept in. `masters` "none": weights are rounded by chance, and have no master.
 
-    def step(self, number: int) -> tuple[float, float]:
-        """Update for optimiser step `number` from the gradients in the parameters, which are cleared.
-
-        Returns (learning rate of the mixers or, without any, of the rest; gradient norm before clipping). A norm that is
-        not finite leaves every weight and moment as it was.
+        `gather` sums a number over the processes of which each holds shards of the parameters.
         """
-        rates = self.rates(number)
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = self.total_norm(grads).float()
-        if bool(torch.isfinite(norm)):
-            for group in self.adam.param_groups:
-                group["lr"] = rates[group["name"]]
-            self.update(norm)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        return rates[self.adam.param_groups[-1]["name"]], float(norm)
+        self.stage, self.parameters, self.gather = stage, parameters, gather
+        self.rounded = masters == "none" and all(p.dtype == torch.bfloat16 for p in parameters.values())
+        # The same tensor where it is float32 already.
+        own = torch.float32 if not self.rounded else None
+        self.masters = {name: p if own in (p.dtype, None) else p.detach().float() for name, p in parameters.items()}
+        # Updates made so far: steps that were not skipped. On the device, where that is decided.
+        device = next(iter(parameters.values())).device
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.group = {name: "mixer" if ".self_attn." in name else "base" for name in parameters}
+        settings: dict[str, Any] = {"betas": stage.betas, "eps": stage.eps, "weight_decay": stage.weight_decay}
+        kernel = moments == "float32" and all(adamw_has_kernel(p) for p in parameters.values())
+        self.adam: torch.optim.Optimizer | OnePass
+        if kernel or self.rounded:
+            groups = [int(self.group[name] == "mixer") for name in parameters]
+            self.adam = OnePass(list(parameters.values()), list(self.masters.values()), groups, kernel, self.rounded, settings)
+            return
+        names = [name for name in ("base", "mixer") if name in self.group.values()]
+        tables = [{"params": [m for n, m in self.masters.items() if self.group[n] == g], "name": g} for g in names]
+        if moments == "float32":
+            self.adam = torch.optim.AdamW(tables, lr=stage.lr, fused=True, **settings)
+        else:
+            self.adam = SmallAdamW(tables, moments, lr=stage.lr, **settings)
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far; waits for the device."""
+        return int(self.count)
 
     @torch.no_grad()
-    def update(self, norm: Tensor) -> None:
-        """One update from the gradients, clipped by their norm; weights that a kernel updates in one pass need no copies."""
-        self.updates += 1
-        moving: dict[str, Any] = {name: p for name, p in self.parameters.items() if p.grad is not None}
-        whole = isinstance(self.adam, torch.optim.AdamW)  # SmallAdamW keeps its moments in another form
-        fast = {n for n, p in moving.items() if whole and self.masters[n] is not p and adamw_has_kernel(local(p))}
-        slow = [name for name in moving if name not in fast]
-        if fast:
-            factor = (self.stage.clip / (norm + 1e-6)).clamp(max=1.0) if self.stage.clip else torch.ones_like(norm)
-            for group in self.adam.param_groups:
-                self.update_in_one_pass([name for name in self.groups[group["name"]] if name in fast], group, factor)
-        if self.stage.clip and slow:
-            torch.nn.utils.clip_grads_with_norm_([moving[name] for name in slow], self.stage.clip, norm)
-        for name in slow:
-            if self.masters[name] is not moving[name]:
-                self.masters[name].grad = moving[name].grad.float()
-        if slow:
-            self.adam.step()
-        for name in slow:
-            if self.masters[name] is not moving[name]:
-                moving[name].copy_(self.masters[name])
-                self.masters[name].grad = None
+    def step(self, number: int) -> Update:
+        """Update for optimiser step `number` from the gradients in the parameters, which are cleared.
 
-    def update_in_one_pass(self, names: list[str], group: dict[str, Any], factor: Tensor) -> None:
-        """AdamW of the named weights by kernel, with the gradients times `factor`."""
-        settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        for name in names:
-            parameter, master = self.parameters[name], self.masters[name]
-            state = self.adam.state[master]
-            if not state:
-                state |= {moment: torch.zeros_like(master) for moment in ("exp_avg", "exp_avg_sq")}
-            tensors = (parameter, parameter.grad, master, state["exp_avg"], state["exp_avg_sq"])
-            weight, grad, *kept = (local(x) for x in tensors)
-            adamw_(weight, grad, *kept, factor=factor, number=self.updates, **settings)
+        A gradient norm that is not finite leaves every weight and moment as it was.
+        """
+        rates = self.rates(number)
+        grads = [p.grad for p in self.parameters.values()]
+        lost = None
+        if isinstance(self.adam, OnePass):
+            norm = self.total(self.adam.square(grads).sqrt()).float()
+            self.count += torch.isfinite(norm)
+            lost = self.adam.step(grads, norm, self.count, self.stage.clip, (rates["base"], rates["mixer"]), number)
+        else:
+            norm = self.total(torch.nn.utils.get_total_norm([g for g in grads if g is not None]).float())
+            if bool(torch.isfinite(norm)):
+                self.count += 1
+                self.update(self.adam, norm, rates)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return Update(rates["mixer" if "mixer" in self.group.values() else "base"], norm, lost)
+
+    def total(self, norm: Tensor) -> Tensor:
+        """The norm over all processes, from that of this one."""
+        return norm if self.gather is None else self.gather(norm.square()).sqrt()
+
+    def update(self, adam: torch.optim.Optimizer, norm: Tensor, rates: dict[str, float]) -> None:
+        """One update by one of torch's optimisers, from gradients to be clipped by their norm."""
+        moving = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        for group in adam.param_groups:
+            group["lr"] = rates[group["name"]]
+        if self.stage.clip:
+            torch.nn.utils.clip_grads_with_norm_(list(moving.values()), self.stage.clip, norm)
+        copied = [name for name, p in moving.items() if self.masters[name] is not p]
+        for name in copied:
+            self.masters[name].grad = moving[name].grad.float()  # type: ignore[union-attr]
+        adam.step()
+        for name in copied:
+            moving[name].copy_(self.masters[name])
+            self.masters[name].grad = None
 
     def rates(self, number: int) -> dict[str, float]:
         """Learning rate of each group at optimiser step `number`."""
@@ -135,8 +144,8 @@ class Optimizer:
         """Masters and both moments by name, as they are kept, for a checkpoint; no moments before the first step."""
         found: dict[str, Tensor | Packed] = {}
         for name, master in self.masters.items():
-            found[f"master.{name}"] = master.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
+            found[f"master.{name}"] = master.detach().float()
+            for moment in MOMENTS:
                 if moment in self.adam.state.get(master, {}):
                     found[f"{moment}.{name}"] = self.adam.state[master][moment]
         return found
@@ -144,14 +153,86 @@ class Optimizer:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Take masters and moments from a checkpoint made after `updates` updates."""
-        self.updates = updates
+        self.count.fill_(updates)
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
             self.parameters[name].copy_(master)
-            if f"exp_avg.{name}" in tensors and isinstance(self.adam, SmallAdamW):
-                self.adam.put(master, tensors[f"exp_avg.{name}"], tensors[f"exp_avg_sq.{name}"], updates)
-            elif f"exp_avg.{name}" in tensors:
-                self.adam.state[master] = {
-                    "step": torch.tensor(float(updates), device=master.device),
-                    **{moment: tensors[f"{moment}.{name}"].to(master.device) for moment in ("exp_avg", "exp_avg_sq")},
-                }
+            kept = [tensors.get(f"{moment}.{name}") for moment in MOMENTS]
+            if kept[0] is None or kept[1] is None:
+                continue
+            if isinstance(self.adam, SmallAdamW):
+                self.adam.put(master, kept[0], kept[1], updates)
+            elif isinstance(self.adam, OnePass):
+                for moment, values in zip(MOMENTS, kept, strict=True):
+                    self.adam.state[master][moment].copy_(values)
+            else:
+                moments = {moment: values.to(master.device) for moment, values in zip(MOMENTS, kept, strict=True)}
+                self.adam.state[master] = {"step": torch.tensor(float(updates), device=master.device), **moments}
+
+
+class OnePass:
+    """AdamW of all weights in one pass over them, by kernel where there is one; `state` is as that of torch's optimisers."""
+
+    def __init__(
+        self,
+        weights: list[nn.Parameter],
+        masters: list[Tensor],
+        groups: list[int],
+        kernel: bool,
+        rounded: bool,
+        settings: dict[str, Any],
+    ) -> None:
+        """`groups`: 1 for the weights of mixers. With `rounded` the masters are the weights."""
+        self.weights, self.masters, self.groups, self.rounded, self.settings = weights, masters, groups, rounded, settings
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            master: {moment: torch.zeros_like(master, dtype=torch.float32) for moment in MOMENTS} for master in masters
+        }
+        self.device = weights[0].device
+        self.betas = torch.tensor(settings["betas"], dtype=torch.float64, device=self.device)
+        # One table for each dtype, and one for the few tensors that cannot be read 16 bytes at a time.
+        kinds = [(w.dtype, w.numel() % 16 == 0 and w.data_ptr() % 16 == 0) for w in weights] if kernel else []
+        self.tables = [(Table(*self.members(places)), places) for places in ([i for i, k in enumerate(kinds) if k == kind]
+                       for kind in dict.fromkeys(kinds))]  # fmt: skip
+
+    def members(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]], list[int]]:
+        """Weights, masters, moments and groups at some places of the lists."""
+        masters = [self.masters[i].detach() for i in places]
+        moments = [[self.state[self.masters[i]][moment] for moment in MOMENTS] for i in places]
+        return [self.weights[i].detach() for i in places], masters, moments, [self.groups[i] for i in places]
+
+    def square(self, grads: list[Tensor | None]) -> Tensor:
+        """Sum of the squares of all gradients, float64 on the device."""
+        if not self.tables:
+            return torch.stack([g.double().square().sum() for g in grads if g is not None]).sum()
+        for table, places in self.tables:
+            table.point([grads[i] for i in places])
+        return torch.stack([table.square(dtype_of(grads, places)) for table, places in self.tables]).sum()
+
+    def step(
+        self, grads: list[Tensor | None], norm: Tensor, number: Tensor, clip: float, rates: tuple[float, float], seed: int
+    ) -> Tensor:
+        """Update `number` (from 1) with gradients of this `norm`; clip 0 is no clipping. How many updates were lost."""
+        corrections = (1 - self.betas**number).float()
+        lost = torch.zeros((), dtype=torch.int64, device=self.device)
+        for table, places in self.tables:
+            table.update(
+                dtype_of(grads, places), norm, corrections, lost, clip=clip or float("inf"), rates=rates, seed=seed,
+                rounded=self.rounded, **self.settings,
+            )  # fmt: skip
+        if self.tables or not bool(torch.isfinite(norm)):
+            return lost
+        factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else torch.ones_like(norm)
+        chance = torch.Generator(self.device).manual_seed(seed)
+        for weight, grad, master, group in zip(self.weights, grads, self.masters, self.groups, strict=True):
+            if grad is not None:
+                noise = torch.randint(0, 1 << 16, grad.shape, generator=chance, dtype=torch.int32, device=self.device)
+                lost += adamw_plain(
+                    weight, grad, master, *self.state[master].values(), factor=factor, corrections=corrections, lr=rates[group],
+                    noise=noise if self.rounded else None, **self.settings,
+                )  # fmt: skip
+        return lost
+
+
+def dtype_of(grads: list[Tensor | None], places: list[int]) -> torch.dtype:
+    """The dtype of some gradients, which all have."""
+    return next((g.dtype for g in (grads[i] for i in places) if g is not None), torch.float32)

@@ -5,6 +5,7 @@ It is the same for one process and for many: each takes its part of the same glo
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from radlads.backends.torch.checkpoint import Checkpoints
 from radlads.backends.torch.compiled import compiled_layers
+from radlads.backends.torch.graphed import Graphed
 from radlads.backends.torch.load import DTYPES
 from radlads.backends.torch.objectives import weight
-from radlads.backends.torch.optim import Optimizer, trainable
+from radlads.backends.torch.optim import Optimizer, Update, trainable
 from radlads.backends.torch.parallel import Task, local_batch, local_of, recomputed, sharded
 from radlads.backends.torch.watchdog import Watchdog
 from radlads.backends.torch.world import World
 from radlads.data.samples import Corpus
 from radlads.errors import fail
-from radlads.recipe import Stage
+from radlads.recipe import Parallel, Stage
 from radlads.runs import Run
 
 # Steps in a row whose loss or gradient is not finite before the run is given up.
@@ -45,6 +47,9 @@ class StageRun:
 
     def __init__(self, stage: Stage, task: Task, corpus: Corpus, run: Run, world: World) -> None:
         how = run.recipe.parallel
+        if how.masters == "none" and world.size > 1:
+            fix = "Leave it out: masters are spread over the processes"
+            raise fail("R102", where="parallel.masters", why=f"{world.size} processes keep float32 weights anyway", fix=fix)
         self.stage, self.task, self.run, self.world = stage, task, run, world
         self.sequence = how.sharing(stage.kind) if world.size > 1 else 1
         self.count, micro = local_batch(stage, world, self.sequence)
@@ -62,49 +67,80 @@ class StageRun:
         self.parameters = trainable(task.student, stage.train)
         # The optimiser sees plain tensors: the shards of this process, in the memory that FSDP gathers from.
         self.shards = {name: nn.Parameter(local_of(p)) if sharded(p) else p for name, p in self.parameters.items()}
-        self.optimizer = Optimizer(self.shards, stage, how.moments, *([self.total_norm] if world.size > 1 else []))
+        gather = self.gather if world.size > 1 else None
+        self.optimizer = Optimizer(self.shards, stage, how.moments, how.masters, gather)
         self.split_heads = how.vocab_heads and world.size > 1 and stage.kind != "align"
         self.checkpoints = Checkpoints(run.checkpoints, world)
+        self.graphed: Graphed | None = None
+        if can_be_graphed(task, how, world):
+            self.graphed = Graphed(self.forward_backward, list(self.parameters.values()))
 
     def samples(self, step: int) -> Tensor:
-        """This process's samples (n, T + 1) of step `step`; the global batch is the same for any number of processes."""
+        """This process's samples (n, T + 1) of step `step`, in the CPU's memory.
+
+        The global batch is the same for any number of processes.
+        """
         group = self.world.rank // self.sequence
         found = torch.from_numpy(self.drawn.batch(step * self.stage.batch_size + group * self.count, self.count))
         if self.chain is not None:
             from radlads.backends.torch.sequence import stretch
 
             found = stretch(found, self.chain)
-        return found.to(self.world.device)
+        return found.pin_memory() if self.world.device.type == "cuda" else found
 
-    def accumulate(self, samples: Tensor) -> tuple[float, Tensor | None]:
-        """Forward and backward over `samples` in micro-batches; global mean loss and, in step 1, the error of each layer."""
-        losses, errors = [], []
+    def accumulate(self, samples: Tensor) -> Tensor:
+        """Forward and backward over `samples` in micro-batches: global mean loss and, in step 1, the error of each layer (1 + L').
+
+        On the device, and nobody waits for it: what must be counted is counted on the CPU.
+        """
         # Every token that counts weighs the same, wherever it is; FSDP then takes the mean over processes.
         total = max(1, self.world.sum(weight(self.stage, samples))) / self.world.size
-        parts = samples.split(self.micro)
+        parts, found = samples.split(self.micro), []
         for index, part in enumerate(parts):
             self.task.before_micro_batch(index == len(parts) - 1)
-            loss, layer_error = self.task(part)
-            share = weight(self.stage, part) / total
+            counted = weight(self.stage, part)
             if self.split_heads:  # the loss is that of all processes already
-                share = self.world.sum(weight(self.stage, part)) / (total * self.world.size)
-            (loss * share).backward()
-            losses.append(loss.detach().float() * share)
-            if layer_error is not None:
-                errors.append(layer_error * share)
+                counted = self.world.sum(counted) / self.world.size
+            found.append(self.micro_batch(part, counted / total, index == 0))
         if self.chain is not None:
             self.chain.finish()
-        found = [torch.stack(losses).sum()[None], *([torch.stack(errors).sum(0)] if errors else [])]
-        loss, *layers = self.world.mean(torch.cat(found)).split([1, *map(len, found[1:])])
-        return float(loss), layers[0] if layers else None
+        return self.world.mean(torch.stack(found).sum(0))
 
-    def gradients(self, samples: Tensor) -> tuple[float, Tensor | None]:
+    def micro_batch(self, sample: Tensor, share: float, first: bool) -> Tensor:
+        """Forward and backward of one micro-batch with a `share` in the step: what `accumulate` returns, of this part."""
+        if self.graphed is not None:
+            try:
+                return self.graphed(sample, share, first)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if self.graphed.graphs:
+                    raise
+                note = f"not recorded as a CUDA graph: {str(error).splitlines()[0]}"
+                self.run.log({"kind": "note", "stage": self.stage.number, "text": note})
+                self.graphed = None
+                self.forget_gradients()
+        return self.forward_backward(sample.to(self.world.device, non_blocking=True), share)
+
+    def forward_backward(self, sample: Tensor, share: Tensor | float) -> Tensor:
+        """Gradients of one micro-batch times its share, and its loss and errors times it."""
+        loss, layer_error = self.task(sample)
+        (loss * share).backward()
+        found = loss.detach().float()[None]
+        return (found if layer_error is None else torch.cat([found, layer_error.float()])) * share
+
+    def gradients(self, samples: Tensor) -> Tensor:
         """`accumulate`, with half the micro-batch as often as memory runs out."""
         while True:
             try:
                 return self.accumulate(samples)
             except torch.OutOfMemoryError as error:
                 self.halve(error)
+
+    def forget_gradients(self) -> None:
+        """Leave nothing of a micro-batch that was not finished."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def halve(self, error: Exception) -> None:
         """Half the micro-batch for the rest of the run; R403 where there is nothing to halve or other processes wait."""
@@ -119,21 +155,21 @@ class StageRun:
         note = f"out of memory: micro-batch {self.micro} -> {smaller}"
         self.run.log({"kind": "note", "stage": self.stage.number, "text": note})
         self.micro = smaller
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self.forget_gradients()
+        if self.graphed is not None:
+            self.graphed = Graphed(self.forward_backward, list(self.parameters.values()))
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def total_norm(self, grads: list[Tensor]) -> Tensor:
-        """Norm of the gradients whose shards are given."""
+    def gather(self, square: Tensor) -> Tensor:
+        """The sum over all processes."""
         import torch.distributed as dist
 
-        square = torch.nn.utils.get_total_norm(grads).float() ** 2
         dist.all_reduce(square)
-        return square.sqrt()
+        return square
 
-    def update(self, step: int) -> tuple[float, float]:
-        """The optimiser's step from the gradients there are: (learning rate, gradient norm)."""
+    def update(self, step: int) -> Update:
+        """The optimiser's step from the gradients there are."""
         for name, parameter in self.parameters.items():
             shard: Any = self.shards[name]
             if shard is not parameter:
@@ -198,6 +234,13 @@ def run_stage(
             handle.remove()
 
 
+def can_be_graphed(task: Task, how: Parallel, world: World) -> bool:
+    """Whether micro-batches do the same operations whatever their samples are, in memory that stays where it is."""
+    alone = world.size == 1 and world.device.type == "cuda"
+    fixed = task.stage.packing == "stream" and not task.recomputes and how.teacher != "offloaded"
+    return how.cuda_graphs == "auto" and alone and fixed
+
+
 def steps(
     parts: StageRun,
     first: int,
@@ -207,40 +250,80 @@ def steps(
     measure: Callable[[int], None],
 ) -> bool:
     """The loop itself, from step `first`."""
-    stage, run, world = parts.stage, parts.run, parts.world
-    began, skipped = time.perf_counter(), 0
-    before = began
+    stage, world = parts.stage, parts.world
+    log = StepLog(parts, first, report, watchdog)
     for step in range(first, stage.steps):
         if world.any(stopping()):
+            log.finish()
             parts.save(step)
             parts.checkpoints.finish()
             return False
-        loss, layer_error = parts.gradients(parts.samples(step))
-        rate, norm = parts.update(step)
-        finite = math.isfinite(norm)
-        skipped = 0 if finite else skipped + 1
-        done, now = step + 1, time.perf_counter()
-        elapsed = max(now - began, 1e-9)
-        speed = (done - first) * stage.tokens_per_step / elapsed
-        record: dict[str, Any] = {"kind": "train", "stage": stage.number, "step": done, "tokens": done * stage.tokens_per_step}
-        record |= {"loss": loss, "lr": rate, "grad_norm": norm, "tok_s": round(speed), "step_s": round(now - before, 5)}
-        before = now
-        if layer_error is not None:
-            record["layer_error"] = [round(value, 6) for value in layer_error.tolist()]
-        if not finite:
-            record["skipped"] = [step * stage.batch_size, done * stage.batch_size]
-        run.log(record)
-        watchdog.beat()
-        if skipped >= MAX_SKIPPED:
-            why = f"{skipped} steps in a row had a loss or gradient that is not finite"
-            raise fail("R404", where=f"stage {stage.number}, step {done}", why=why, fix="Lower the learning rate")
-        report(Progress(stage, done, loss, speed, (stage.steps - done) * elapsed / (done - first)))
+        found = parts.gradients(parts.samples(step))
+        log.add(step, found, parts.update(step))
+        done = step + 1
         if stage.measure_every and done % stage.measure_every == 0 and done < stage.steps:
+            log.finish()
             measure(done)
-            before = time.perf_counter()  # is no part of the next step
+            log.before = time.perf_counter()  # is no part of the next step
         if stage.save_every and done % stage.save_every == 0 and done < stage.steps:
+            log.finish()
             parts.save(done)
+    log.finish()
     parts.checkpoints.finish()
     parts.task.release()
     parts.task.eval()
     return True
+
+
+class StepLog:
+    """Records of steps. On a GPU that of a step is written while the next one runs: nobody waits for its numbers."""
+
+    def __init__(self, parts: StageRun, first: int, report: Callable[[Progress], None], watchdog: Watchdog) -> None:
+        self.parts, self.first, self.report, self.watchdog = parts, first, report, watchdog
+        self.began = self.before = time.perf_counter()
+        self.skipped = 0
+        self.pending: deque[tuple[int, float, Tensor, bool, Any]] = deque()
+
+    def add(self, step: int, found: Tensor, update: Update) -> None:
+        """The numbers of step `step` are on their way from the device; those of the step before are written."""
+        counted = [] if update.lost is None else [update.lost.double()[None]]
+        numbers = torch.cat([update.norm.double()[None], *counted, found.double()]).to("cpu", non_blocking=True)
+        event = None
+        if found.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((step, update.rate, numbers, bool(counted), event))
+        self.finish(leaving=1 if found.is_cuda else 0)
+
+    def finish(self, leaving: int = 0) -> None:
+        """Write the records of all steps but the last `leaving`. Raises R404 after too many that were not finite."""
+        while len(self.pending) > leaving:
+            step, rate, numbers, counted, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            norm, *rest = numbers.tolist()
+            self.write(step, rate, norm, int(rest.pop(0)) if counted else None, rest)
+
+    def write(self, step: int, rate: float, norm: float, lost: int | None, found: list[float]) -> None:
+        """The record of one step: `found` is its loss and, in step 1, the error of each layer."""
+        parts, stage, done = self.parts, self.parts.stage, step + 1
+        finite = math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        now = time.perf_counter()
+        elapsed, took = max(now - self.began, 1e-9), now - self.before
+        self.before = now
+        speed = (done - self.first) * stage.tokens_per_step / elapsed
+        record: dict[str, Any] = {"kind": "train", "stage": stage.number, "step": done, "tokens": done * stage.tokens_per_step}
+        record |= {"loss": found[0], "lr": rate, "grad_norm": norm, "tok_s": round(speed), "step_s": round(took, 5)}
+        if lost is not None:
+            record["lost_updates"] = lost
+        if len(found) > 1:
+            record["layer_error"] = [round(value, 6) for value in found[1:]]
+        if not finite:
+            record["skipped"] = [step * stage.batch_size, done * stage.batch_size]
+        parts.run.log(record)
+        self.watchdog.beat()
+        if self.skipped >= MAX_SKIPPED:
+            why = f"{self.skipped} steps in a row had a loss or gradient that is not finite"
+            raise fail("R404", where=f"stage {stage.number}, step {done}", why=why, fix="Lower the learning rate")
+        self.report(Progress(stage, done, found[0], speed, (stage.steps - done) * elapsed / (done - self.first)))

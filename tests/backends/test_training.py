@@ -102,8 +102,8 @@ def test_adamw_step_is_the_written_one() -> None:
     for step in range(3):
         grad = np.array([0.3, -4.0, 0.0]) * (step + 1)
         weight.grad = torch.tensor(grad, dtype=torch.float32)
-        rate, norm = optimizer.step(step)
-        assert norm == pytest.approx(np.linalg.norm(grad), rel=1e-6)
+        rate, norm, _ = optimizer.step(step)
+        assert float(norm) == pytest.approx(np.linalg.norm(grad), rel=1e-6)
         assert rate == learning_rate(stage, step, step * stage.tokens_per_step, stage.tokens_per_step, 2e-3, 2e-3)
         grad = grad * min(1, 0.5 / (np.linalg.norm(grad) + 1e-6))
         m, v = 0.9 * m + 0.1 * grad, 0.95 * v + 0.05 * grad**2
@@ -116,8 +116,8 @@ def test_nonfinite_gradient_changes_nothing() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = Optimizer({"model.norm.weight": weight}, stage)
     weight.grad = torch.tensor([1.0, float("nan"), 0.0])
-    _, norm = optimizer.step(0)
-    assert norm != norm and torch.equal(weight.detach(), torch.ones(3)) and optimizer.updates == 0 and weight.grad is None
+    norm = optimizer.step(0).norm
+    assert bool(norm.isnan()) and torch.equal(weight.detach(), torch.ones(3)) and optimizer.updates == 0 and weight.grad is None
 
 
 def test_bfloat16_weights_have_float32_masters() -> None:
@@ -203,35 +203,3 @@ def test_layers_compile_to_few_whole_graphs(mixer: str) -> None:
     kinds = 1 + (mixer == "rwkv7")
     assert (whole, len(graphs)) == (kinds, 2 * kinds)
     torch.testing.assert_close((found, errors), wanted)
-
-
-def test_update_in_one_pass_is_the_same_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups, rates, clipping and count reach the kernel (here written out) as they reach torch's AdamW."""
-    stage = recipe(warmup_steps=0, lr=1e-3, mixer_lr=1e-2, clip=0.5, kind="lm", weight_decay=0.1).stages[0]
-    names = ("model.norm.weight", "model.layers.0.self_attn.w0")
-
-    def trained() -> Optimizer:
-        weights = {name: torch.nn.Parameter(torch.linspace(-1, 1, 5).bfloat16()) for name in names}
-        optimizer = Optimizer(weights, stage)
-        for step in range(3):
-            for number, weight in enumerate(weights.values()):
-                weight.grad = torch.full((5,), 1.0 + number - step).bfloat16()
-            optimizer.step(step)
-        return optimizer
-
-    def written(weight, grad, master, m, v, *, factor, number, lr, betas, eps, weight_decay):  # type: ignore[no-untyped-def]
-        g = grad.float() * factor
-        m.mul_(betas[0]).add_(g, alpha=1 - betas[0])
-        v.mul_(betas[1]).add_(g * g, alpha=1 - betas[1])
-        size = (v / (1 - betas[1] ** number)).sqrt() + eps
-        master.mul_(1 - lr * weight_decay).sub_(lr / (1 - betas[0] ** number) * m / size)
-        weight.copy_(master)
-
-    wanted = trained()
-    monkeypatch.setattr("radlads.backends.torch.optim.adamw_has_kernel", lambda weight: True)
-    monkeypatch.setattr("radlads.backends.torch.optim.adamw_", written)
-    found = trained()
-    assert found.updates == wanted.updates == 3
-    for name in names:  # clipping first rounds the gradients to bfloat16, one pass does not
-        torch.testing.assert_close(found.masters[name], wanted.masters[name], rtol=0, atol=2e-4)
-        assert torch.equal(found.parameters[name].detach(), found.masters[name].bfloat16())
