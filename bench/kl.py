@@ -3,7 +3,8 @@
 Run: python bench/kl.py [--tokens 8192] [--width 3584] [--vocab 152064] [--forms ours,plain,...] [--launches] [--close]
 Prints one row per form, last: milliseconds of forward and backward, over the floor, GiB beyond the inputs and the gradients
 that are returned, and relative RMS errors against float64 (of the first 512 tokens, or, for the head's gradient, of 256 rows).
-The floor is the product of 8192 x 8192 x 8192 of the same run, scaled. Liger's loss is timed where liger_kernel is importable.
+The floor is four products of these sizes at the rate of 8192 x 8192 x 8192, which is measured anew before each form: a card
+that has worked for a while is slower. "x four" is over the four products themselves. Liger's loss is timed where liger_kernel is importable.
 """
 import argparse
 import statistics
@@ -21,6 +22,7 @@ from radlads.backends.torch import losses
 from radlads.backends.torch.kernels import kl
 from radlads.backends.torch.losses import TeacherHead, TopK, distillation_loss
 
+DEVICE = "cuda"
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -40,6 +42,15 @@ def draw(tokens: int, width: int, vocab: int, close: bool, device: str) -> Input
 def ours(inputs: Inputs, **options: object) -> Tensor:
     hidden, head, t_hidden, t_head, labels = inputs
     return distillation_loss(hidden, head, TeacherHead(t_hidden, t_head), labels, **options)
+
+
+def without_offsets(inputs: Inputs) -> Tensor:
+    """Ours from logits as they are."""
+    before, losses.row_offsets = losses.row_offsets, lambda *_: None
+    try:
+        return ours(inputs)
+    finally:
+        losses.row_offsets = before
 
 
 def plain(inputs: Inputs) -> Tensor:
@@ -73,6 +84,7 @@ def forms(wanted: str, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     found: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: ours(inputs),
         "ours again": lambda: ours(inputs),
+        "ours, logits as they are": lambda: without_offsets(inputs),
         "ours, float32 head gradient": lambda: ours(inputs, float32_head_grad=True),
         "ours, frozen head": lambda: ours(frozen),
         "ours, reverse KL": lambda: ours(inputs, divergence="reverse_kl"),
@@ -128,8 +140,29 @@ def milliseconds(fn: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(name: str, form: Callable[[], Tensor], inputs: Inputs, floor: float, repeats: int,
-            wanted: tuple[Tensor, Tensor]) -> str:
+def matmul_rate(repeats: int) -> float:
+    """TFLOP/s of a large product."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / milliseconds(lambda: a @ b, repeats) / 1e9
+
+
+def four_products(inputs: Inputs, repeats: int) -> float:
+    """Milliseconds of both logits, d hidden and d head as they are, with nothing between; the logits take 2,048 tokens at a time."""
+    hidden, head, t_hidden, t_head, _ = (x.detach() for x in inputs)
+    logits, grad, total = torch.empty(2048, len(head), dtype=head.dtype, device=head.device), torch.empty_like(hidden), head.clone()
+
+    def all_four() -> None:
+        for x, y, out in zip(hidden.split(2048), t_hidden.split(2048), grad.split(2048), strict=True):
+            part = logits[: len(x)]
+            torch.mm(y, t_head.T, out=part)
+            torch.mm(x, head.T, out=part)
+            torch.mm(part, head, out=out)
+            torch.mm(part.T, x, out=total)
+
+    return milliseconds(all_four, repeats)
+
+
+def measure(name: str, form: Callable[[], Tensor], inputs: Inputs, repeats: int, wanted: tuple[Tensor, Tensor]) -> str:
     hidden, head = inputs[:2]
 
     def both() -> None:
@@ -147,10 +180,13 @@ def measure(name: str, form: Callable[[], Tensor], inputs: Inputs, floor: float,
         same = not any(word in name for word in ("reverse", "JSD", "CE", "top"))  # the others have gradients of their own
         pairs = zip((hidden, head), wanted, strict=True)
         found = [relative(x.grad, y) if x.grad is not None and same else float("nan") for x, y in pairs]
+        floor = 4 * 2 * len(hidden) * head.numel() / matmul_rate(60) / 1e9
         took = milliseconds(both, repeats)
+        four = four_products(inputs, repeats)
     except torch.OutOfMemoryError:
         return f"{name:30s} out of memory"
-    return f"{name:30s} {took:8.1f} {took / floor:7.2f} {(peak - returned) / 2**30:7.2f} {found[0]:10.2e} {found[1]:10.2e}"
+    return (f"{name:30s} {took:8.1f} {floor:8.1f} {took / floor:7.2f} {took / four:7.2f} {(peak - returned) / 2**30:7.2f} "
+            f"{found[0]:10.2e} {found[1]:10.2e}")
 
 
 def launches(inputs: Inputs) -> None:
@@ -202,21 +238,20 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/kl.py needs a GPU")
-    inputs = draw(options.tokens, options.width, options.vocab, options.close, "cuda")
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * 8192**3 / milliseconds(lambda: a @ b, 300) / 1e9  # long enough to warm the card up
-    floor = 4 * 2 * options.tokens * options.width * options.vocab / rate / 1e9
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matmul {rate:.0f} TFLOP/s, floor {floor:.1f} ms at "
-          f"{options.tokens} x {options.width} x {options.vocab}", flush=True)
+    inputs = draw(options.tokens, options.width, options.vocab, options.close, DEVICE)
+    cold, warm = matmul_rate(15), matmul_rate(300)
+    floors = [4 * 2 * options.tokens * options.width * options.vocab / rate / 1e9 for rate in (cold, warm)]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matmul {cold:.0f} TFLOP/s cold, {warm:.0f} warm, floor "
+          f"{floors[0]:.1f} and {floors[1]:.1f} ms at {options.tokens} x {options.width} x {options.vocab}", flush=True)
     if options.launches:
         launches(inputs)
     wanted = exact(inputs)
     torch.cuda.empty_cache()
     rows = []
     for name, form in forms(options.forms, inputs).items():
-        rows.append(measure(name, form, inputs, floor, options.repeats, wanted))
+        rows.append(measure(name, form, inputs, options.repeats, wanted))
         print(rows[-1], flush=True)
-    print(f"\n{'form':30s} {'ms':>8s} {'x floor':>7s} {'GiB':>7s} {'d hidden':>10s} {'d head':>10s}", *rows, sep="\n")
+    print(f"\n{'form':30s} {'ms':>8s} {'floor ms':>8s} {'x floor':>7s} {'x four':>7s} {'GiB':>7s} {'d hidden':>10s} {'d head':>10s}", *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""Times steps 1 and 2 of a 7B conversion on one GPU: ours and the published form, from the same weights and batch.
+"""Times steps 1 and 2 of a conversion on one GPU: ours and the published form, from the same weights and batch.
 
-Run: python bench/step.py [--layers 3,6] [--stages align,distill] [--batches 12x512] [--forms ours,upstream] [--price 2.5]
-Weights are random, of Qwen2.5-7B's width. Prints one row per stage, batch and form, last: tokens per second, the share of the
-measured bf16 product rate that model FLOPs reach (MFU: no recomputation counted, the update included), peak memory, the GPU's
-idle share, the first step (compilation included), and how far its loss is from the published form's at the same weights.
-Then, from two numbers of layers, the whole model's GPU-hours and price. "upstream" is eager, with the KL of 512 tokens at a
-time, checkpointing in step 2 (upstream-no-checkpoint: without), and torch's fused AdamW on float32 masters; the recurrence is
-ours in every form, or flash-linear-attention's with --fla.
+Run: python bench/step.py [--shape qwen2.5-7b] [--layers 3,6] [--stages align,distill] [--batches 12x512] [--forms ours,upstream]
+Weights are random, of a known teacher's shape. Prints one row per stage, batch and form, last: tokens per second, the share of
+the measured bf16 product rate that model FLOPs reach (MFU: no recomputation counted, the update included), peak memory as the
+driver sees it, the GPU's idle share, the first step (compilation included), and how far its loss is from the published form's
+at the same weights. Then the plan of `radlads plan` beside what was measured and, from two numbers of layers, the whole model's
+GPU-hours and price. "upstream" is eager, with the KL of 512 tokens at a time, checkpointing in step 2 (upstream-no-checkpoint:
+without), and torch's fused AdamW on float32 masters; its recurrence is ours, or flash-linear-attention's with --fla.
+"ours-no-graph" is ours without CUDA graphs.
 """
 import argparse
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,24 +28,33 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from radlads.backends.torch import optim
 from radlads.backends.torch.compiled import compiled_layers
+from radlads.backends.torch.graphed import Graphed
+from radlads.backends.torch.memory import peak_gpu_bytes
 from radlads.backends.torch.mixers import rwkv7 as rwkv7_mixer
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import alignment_errors, objective
 from radlads.backends.torch.optim import Optimizer, trainable
 from radlads.backends.torch.state import MixContext, empty_state
-from radlads.recipe import Stage
+from radlads.costs import GIB, GPUS, Gpu, flops_per_token, gpu_called, plan_stage
+from radlads.recipe import Parallel, Stage
+from radlads.shapes import SHAPES
 from radlads.spec import ModelSpec
 
-SIZES = {"7b": (3584, 18944, 28, 28, 4, 128, 152064), "tiny": (128, 256, 4, 2, 1, 64, 1000)}
-# GFLOP per token of steps 1 and 2, of 32B and 72B relative to 7B.
-LARGER = {"32B": (84 / 18.4, 258 / 57.3), "72B": (200 / 18.4, 575 / 57.3)}
+DEVICE = "cuda"
+TINY = ModelSpec("qwen2", 128, 256, 4, 2, 1, 64, 1000, rope_theta=1e6, qkv_bias=True)
+# Projected from measured steps of 7B by their FLOPs.
+LARGER = ("qwen2.5-32b", "qwen2.5-72b")
 RATES = {"align": {"lr": 1e-3, "lr_final": 1e-5}, "distill": {"lr": 1e-5}}
 TOKENS = {"align": 100_000_000, "distill": 500_000_000}
-
-
-def teacher_spec(size: str, layers: int) -> ModelSpec:
-    D, F_, _, H, Hkv, N, V = SIZES[size]
-    return ModelSpec("qwen2", D, F_, layers, H, Hkv, N, V, rope_theta=1e6, qkv_bias=True)
+# Kernels by what they do, the first that fits.
+KINDS = {
+    "update": r"adamw|square_kernel|multi_tensor|FusedAdam",
+    "recurrence": r"wkv|dplr|rwkv",
+    "attention": r"flash|fmha|attention|softmax_warp",
+    "loss": r"kl_|fill_rows|scale_kernel|log_softmax|kl_div",
+    "products": r"gemm|nvjet|cutlass|cublas|splitK|gemv",
+    "rest": r"",
+}
 
 
 def random_model(spec: ModelSpec, device: str, shared: Model | None = None) -> Model:
@@ -62,21 +76,6 @@ def random_model(spec: ModelSpec, device: str, shared: Model | None = None) -> M
         weights[name] = values.to(torch.bfloat16)
     model.load_state_dict(weights, assign=True)
     return model
-
-
-def flops(spec: ModelSpec, stage: str, length: int) -> float:
-    """Model FLOPs of a token in `stage` at samples of `length`, recomputation not counted."""
-    D, F_, C, ranks = spec.D, spec.F, spec.C, spec.ranks
-    projections = 2 * D * C + 2 * D * spec.Ckv
-    extra = sum(2 * D * rank for rank in (ranks.decay, ranks.iclr, ranks.value_residual, ranks.gate))
-    softmax, recurrence = 2 * length * C, 9 * C * spec.N
-    teacher = 2 * (projections + 3 * D * F_) + softmax
-    mixer = 2 * (projections + extra) + recurrence
-    head = 2 * D * spec.V
-    if stage == "align":
-        # The mixers' inputs need no gradient: of the products only those behind the projections have two backward ones.
-        return spec.L * (teacher + mixer + 2 * (projections + extra) + 2 * (C * D + extra / 2) + 2 * recurrence)
-    return spec.L * (teacher + 3 * (mixer + 6 * D * F_)) + 4 * head
 
 
 def upstream_loss(stage: Stage, student: Model, teacher: Model, samples: Tensor, checkpointing: bool) -> Tensor:
@@ -102,17 +101,26 @@ def upstream_loss(stage: Stage, student: Model, teacher: Model, samples: Tensor,
     return sum(checkpoint(part, *pair, use_reentrant=False) for pair in parts) / len(hidden)
 
 
-def use_fla() -> None:
+@contextmanager
+def recurrence_of(fla: bool) -> Iterator[None]:
+    """Flash-linear-attention's recurrence in the mixers while the block runs, where it is wanted."""
+    if not fla:
+        yield
+        return
     from fla.ops.rwkv7 import chunk_rwkv7
 
     def wkv7(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *_: object, **__: object):
         return chunk_rwkv7(r, log_w, k, v, a, b, scale=1.0, safe_gate=True, lower_bound=-0.6065306597126334, chunk_size=64)
 
-    rwkv7_mixer.wkv7 = wkv7
+    before, rwkv7_mixer.wkv7 = rwkv7_mixer.wkv7, wkv7
+    try:
+        yield
+    finally:
+        rwkv7_mixer.wkv7 = before
 
 
-def idle_share(step: Callable[[], object]) -> float:
-    """Share of a step's time in which the GPU runs nothing, and how much of the step the largest kernels take, printed."""
+def profiled(step: Callable[[], object], heading: str) -> float:
+    """Share of a step's time in which the GPU runs nothing; prints the time by kind of kernel and the largest kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -121,73 +129,108 @@ def idle_share(step: Callable[[], object]) -> float:
         wall = time.perf_counter() - began
     rows = sorted(((e.self_device_time_total / 1e3, e.count, e.key) for e in trace.key_averages()), reverse=True)
     busy = sum(ms for ms, *_ in rows)
-    print("   " + "  ".join(f"{key[:44]} {ms:.1f}/{count}" for ms, count, key in rows[:14]), flush=True)
+    kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for ms, count, key in rows:
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, key, re.IGNORECASE))
+        kinds[kind][0] += ms
+        kinds[kind][1] += count
+    print(f"   {heading}: {busy:.1f} ms in {sum(count for _, count, _ in rows)} kernels, {wall * 1e3:.1f} by the clock; "
+          + ", ".join(f"{kind} {ms:.1f} ({count:.0f})" for kind, (ms, count) in kinds.items()))
+    print("   " + "  ".join(f"{key[:44]} {ms:.1f}/{count}" for ms, count, key in rows[:12]), flush=True)
     return 1 - busy / 1e3 / wall
 
 
 def draw(spec: ModelSpec, batch: tuple[int, int]) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(1)
-    return torch.randint(0, spec.V, (batch[0], batch[1] + 1), device="cuda", generator=generator)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    return torch.randint(0, spec.V, (batch[0], batch[1] + 1), device=DEVICE, generator=generator)
 
 
 def measure_form(stage: Stage, form: str, student: Model, teacher: Model, samples: Tensor, wanted: float, rate: float,
                  options: argparse.Namespace) -> tuple[str, float, float]:
     """(row, seconds of a step, seconds of its update)."""
-    batch = (len(samples), samples.shape[1] - 1)
-    optim.adamw_has_kernel = optim_has_kernel if form == "ours" else lambda weight: False
+    batch, ours = (len(samples), samples.shape[1] - 1), form.startswith("ours")
+    optim.adamw_has_kernel = optim_has_kernel if ours else lambda weight: False
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
     parameters = trainable(student, stage.train)
     optimizer = Optimizer(parameters, stage)
     updates, number = [], iter(range(1000))
 
-    def loss() -> Tensor:
-        if form == "ours":
-            return objective(stage, student, teacher, samples).loss
-        return upstream_loss(stage, student, teacher, samples, form == "upstream")
+    def work(given: Tensor, share: Tensor) -> Tensor:
+        found = objective(stage, student, teacher, given).loss
+        (found * share).backward()
+        return found.detach().float()[None]
+
+    graphed = Graphed(work, list(parameters.values())) if form == "ours" else None
+    one = torch.ones((), device=DEVICE)
 
     def step() -> Tensor:
-        found = loss()
-        found.backward()
+        if graphed is not None:
+            found = graphed(samples, 1.0, True)
+        elif ours:
+            found = work(samples, one)
+        else:
+            found = upstream_loss(stage, student, teacher, samples, form == "upstream")
+            found.backward()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        optimizer.step(next(number))
+        update = optimizer.step(next(number))
         end.record()
-        updates.append((start, end))
+        updates.append((start, end, update.lost))
         return found.detach()
 
-    torch.cuda.empty_cache()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
     differs = float(step()) / wanted - 1
     cold = time.perf_counter() - began
-    torch.cuda.reset_peak_memory_stats()
     step()
     times = []
     for _ in range(options.repeats):
+        # One step at a time queues behind another, as in the trainer.
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
+        step()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    idle = idle_share(step) if options.profile else float("nan")
+        times.append(start.elapsed_time(end) / 2e3)
+    peak = peak_gpu_bytes() / GIB
     took = statistics.median(times)
-    update = statistics.median(a.elapsed_time(b) for a, b in updates[2:]) / 1e3
+    update = statistics.median(a.elapsed_time(b) for a, b, _ in updates[2:]) / 1e3
+    idle = float("nan")
+    if options.profile:
+        idle = profiled(step, f"{stage.kind} {student.spec.L} layers {batch[0]}x{batch[1]} {form}")
     tokens = batch[0] * batch[1]
-    mfu = flops(student.spec, stage.kind, batch[1]) * tokens / took / rate
+    mfu = flops_per_token(stage, teacher.spec, student.spec) * tokens / took / rate
+    lost = "" if updates[-1][2] is None else f" {int(updates[-1][2]):8d}"
     row = (f"{stage.kind:8s} {student.spec.L:3d} {batch[0]:3d}x{batch[1]:<5d} {form:22s} {tokens / took:9.0f} {100 * mfu:5.1f} "
-           f"{took * 1e3:8.1f} {update * 1e3:7.1f} {peak:6.1f} {100 * idle:5.1f} {cold:6.1f} {differs:9.1e}")
+           f"{took * 1e3:8.1f} {update * 1e3:7.1f} {peak:6.1f} {100 * idle:5.1f} {cold:6.1f} {differs:9.1e}{lost}")
     print(row, flush=True)
-    optimizer = None
+    if form == "ours":
+        PLANS.append(planned(stage, student, teacher, took, peak))
+    del optimizer, graphed
     return row, took, update
+
+
+def planned(stage: Stage, student: Model, teacher: Model, took: float, peak: float) -> str:
+    """What the planner says of these very steps on this GPU, and how far it is off."""
+    gpu = gpu_called(torch.cuda.get_device_name()) or GPUS["h100"]
+    roomy = Gpu(gpu.name, 1e6, gpu.flops, gpu.bandwidth, gpu.link, gpu.measured)
+    how = Parallel(recompute="never")
+    plan = plan_stage(stage, teacher.spec, student.spec, how, 1, roomy, "bfloat16")
+    ms = plan.seconds / plan.steps * 1e3
+    return (f"{stage.kind:8s} {student.spec.L:3d} x {student.spec.D:<5d} {stage.batch_size:3d}x{stage.seq_len:<5d} {ms:9.1f} "
+            f"{took * 1e3:9.1f} {100 * (ms / took / 1e3 - 1):+6.0f}   {plan.peak_gib:7.1f} {peak:7.1f} "
+            f"{100 * (plan.peak_gib / peak - 1):+6.0f}")
 
 
 def measure(stage: Stage, form: str, student: Model, teacher: Model, batch: tuple[int, int], rate: float,
             options: argparse.Namespace) -> tuple[str, float, float]:
     samples = draw(student.spec, batch)
+    ours = form.startswith("ours")
     with torch.no_grad():  # the published form, at these very weights
         wanted = float(upstream_loss(stage, student, teacher, samples, checkpointing=False))
-    with compiled_layers(student, teacher, wanted=form == "ours"):
+    with compiled_layers(student, teacher, wanted=ours), recurrence_of(options.fla and not ours):
         return measure_form(stage, form, student, teacher, samples, wanted, rate, options)
 
 
@@ -195,7 +238,7 @@ optim_has_kernel = optim.adamw_has_kernel
 
 
 def matmul_rate() -> float:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(300):  # long enough to warm the card up
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -207,11 +250,12 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / statistics.median(times) * 1e3
 
 
-def run_stage(kind: str, layers: int, rate: float, options: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float]]:
+def run_stage(kind: str, shape: ModelSpec, layers: int, rate: float,
+              options: argparse.Namespace) -> dict[tuple[str, str], tuple[float, float]]:
     """Rows of one stage at one number of layers: (batch, form) to seconds of a step and of its update."""
-    spec = teacher_spec(options.size, layers)
-    teacher = random_model(spec, "cuda").requires_grad_(False)
-    student = random_model(spec.as_student(options.arch), "cuda", teacher if kind == "align" else None)
+    spec = replace(shape, num_layers=layers, mixers=())
+    teacher = random_model(spec, DEVICE).requires_grad_(False)
+    student = random_model(spec.as_student(options.arch), DEVICE, teacher if kind == "align" else None)
     found = {}
     for text in options.batches.split(","):
         batch = tuple(map(int, text.split("x")))
@@ -231,54 +275,61 @@ def run_stage(kind: str, layers: int, rate: float, options: argparse.Namespace) 
 
 
 ROWS: list[str] = []
+PLANS: list[str] = []
 
 
-def project(kind: str, by_layers: dict[int, dict[tuple[str, str], tuple[float, float]]], price: float) -> None:
-    """GPU-hours of the stage for the whole 7B model, by a line through two numbers of layers; larger ones by their FLOPs."""
+def project(kind: str, shape: ModelSpec, by_layers: dict[int, dict[tuple[str, str], tuple[float, float]]],
+            options: argparse.Namespace) -> None:
+    """GPU-hours of the stage for the whole model, by a line through two numbers of layers; larger ones by their FLOPs."""
     counts = sorted(by_layers)
     for key in by_layers[counts[-1]]:
         if any(key not in by_layers[n] for n in counts):
             continue
-        batch = tuple(map(int, key[0].split("x")))
+        rows, length = map(int, key[0].split("x"))
+        stage = Stage(kind=kind, tokens=TOKENS[kind], seq_len=length, batch_size=rows, **RATES[kind])
         whole = []
         for part in (0, 1):
             last = by_layers[counts[-1]][key][part]
             least = by_layers[counts[0]][key][part]
             slope = (last - least) / (counts[-1] - counts[0]) if len(counts) > 1 else last / counts[-1]
-            whole.append(last + slope * (28 - counts[-1]))
+            whole.append(last + slope * (shape.L - counts[-1]))
         for sharing, seconds in (("one GPU's update", whole[0]), ("update over 8 GPUs", whole[0] - whole[1] * 7 / 8)):
-            hours = TOKENS[kind] / (batch[0] * batch[1]) * seconds / 3600
-            larger = ", ".join(f"{name} {hours * by_flops[kind == 'distill']:.0f}" for name, by_flops in LARGER.items())
-            speed = batch[0] * batch[1] / seconds
-            print(f"{kind} {key[0]} {key[1]}, {sharing}: 7B {speed:.0f} tok/s, {hours:.1f} GPU-hours, "
-                  f"${hours * price:.0f}; by FLOPs {larger} GPU-hours")
+            hours = TOKENS[kind] / (rows * length) * seconds / 3600
+            own = flops_per_token(stage, shape, shape.as_student(options.arch))
+            larger = {name: flops_per_token(stage, SHAPES[name], SHAPES[name].as_student(options.arch)) for name in LARGER}
+            texts = [f"{name} {hours * f / own:.0f} (${hours * f / own * options.price:.0f})" for name, f in larger.items()]
+            print(f"{kind} {key[0]} {key[1]}, {sharing}: {rows * length / seconds:.0f} tok/s, {hours:.1f} GPU-hours, "
+                  f"${hours * options.price:.0f}; by FLOPs {', '.join(texts)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", default="4,8", help="numbers of layers, comma-separated; step 1 may take all 28")
+    parser.add_argument("--shape", default="qwen2.5-7b", choices=[*SHAPES, "tiny"])
+    parser.add_argument("--layers", default="4,8", help="numbers of layers, comma-separated; 0 for all")
     parser.add_argument("--stages", default="align,distill")
     parser.add_argument("--batches", default="12x512,32x512")
     parser.add_argument("--forms", default="ours,upstream,upstream-no-checkpoint")
+    parser.add_argument("--vocab", type=int, help="another vocabulary; a small one to fill the caches of compilers")
     parser.add_argument("--arch", default="rwkv7")
-    parser.add_argument("--size", default="7b", choices=SIZES)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--price", type=float, default=2.5, help="of one GPU-hour")
     parser.add_argument("--profile", action="store_true", help="also the GPU's idle share and the largest kernels")
-    parser.add_argument("--fla", action="store_true", help="flash-linear-attention's recurrence (it tunes for minutes)")
+    parser.add_argument("--fla", action="store_true", help="flash-linear-attention's recurrence upstream (it tunes for minutes)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/step.py needs a GPU")
-    if options.fla:
-        use_fla()
+    shape = TINY if options.shape == "tiny" else SHAPES[options.shape]
+    shape = replace(shape, vocab_size=options.vocab or shape.V, mixers=())
     rate = matmul_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matmul {rate / 1e12:.0f} TFLOP/s", flush=True)
-    results = {kind: {n: run_stage(kind, n, rate, options) for n in map(int, options.layers.split(","))}
-               for kind in options.stages.split(",")}
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matmul {rate / 1e12:.0f} TFLOP/s, {options.shape}", flush=True)
+    counts = [int(text) or shape.L for text in options.layers.split(",")]
+    results = {kind: {n: run_stage(kind, shape, n, rate, options) for n in counts} for kind in options.stages.split(",")}
     print(f"\n{'stage':8s} {'L':>3s} {'batch':9s} {'form':22s} {'tok/s':>9s} {'MFU %':>5s} {'ms':>8s} {'update':>7s} {'GiB':>6s} "
-          f"{'idle%':>5s} {'first s':>6s} {'loss':>9s}", *ROWS, sep="\n")
+          f"{'idle%':>5s} {'first s':>6s} {'loss':>9s} {'lost':>8s}", *ROWS, sep="\n")
+    print(f"\n{'stage':8s} {'L x D':11s} {'batch':9s} {'plan ms':>9s} {'ms':>9s} {'%':>6s}   {'plan GiB':>7s} {'GiB':>7s} {'%':>6s}",
+          *PLANS, sep="\n")
     for kind, by_layers in results.items():
-        project(kind, by_layers, options.price)
+        project(kind, shape, by_layers, options)
 
 
 if __name__ == "__main__":

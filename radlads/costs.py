@@ -269,9 +269,10 @@ def memory_of(
     root = 0 if align else parts.root
     moments = MOMENT_BYTES[how.moments]
     if gpus == 1:
-        held: float = parts.total * width
-        optimizer = learned * (moments + (4 if width == 2 else 0))
-        gradients, updating = float(learned * width), learned * 4.0 if width == 2 else 0.0
+        held: float = (parts.mixers if align else parts.total) * width
+        optimizer = learned * (moments + (4 if width == 2 and how.masters == "float32" else 0))
+        # Small moments are updated tensor by tensor, from gradients in float32.
+        gradients, updating = float(learned * width), learned * 4.0 if width == 2 and how.moments != "float32" else 0.0
     else:
         held = (parts.mixers if align else parts.total) * width if how.layout == "optimizer" else (root + 2 * unit) * width
         optimizer = (4 + moments) * (parts.mixers if align else parts.total) / gpus

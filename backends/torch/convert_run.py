@@ -19,7 +19,7 @@ from radlads.backends.torch.engine import TorchEngine, TorchState
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
 from radlads.backends.torch.head import retied
 from radlads.backends.torch.load import new_model, stored_tensors
-from radlads.backends.torch.memory import keep_freed_memory
+from radlads.backends.torch.memory import keep_freed_memory, peak_gpu_bytes
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.parallel import build_task, load_frozen, sharded
 from radlads.backends.torch.trainer import Progress, run_stage
@@ -157,6 +157,7 @@ class RecipeRun:
         task = build_task(stage, source, teacher, self.ways[stage.kind], world, self.recipe.precision, own_head)
         began = time.perf_counter()
         if world.device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
         def measure(step: int) -> None:
@@ -182,7 +183,7 @@ class RecipeRun:
 
     def log_resources(self, stage: Stage) -> None:
         """What the stage took, for the report to set beside the plan."""
-        peak = torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else 0
+        peak = peak_gpu_bytes() if self.world.device.type == "cuda" else 0
         seconds = [r["step_s"] for r in self.run.metrics() if r.get("stage") == stage.number and r.get("step_s")]
         record: dict[str, Any] = {"kind": "resources", "stage": stage.number, "processes": self.world.size}
         record |= {"seconds": round(sum(seconds), 3), "steps": len(seconds)}

@@ -1,7 +1,12 @@
-"""Keeping freed memory: on Linux the C library hands every large block back and faults it in again, page by page."""
+"""Memory of the process: what it took of its GPU, and keeping what was freed on a CPU.
+
+On Linux the C library hands every large block back and faults it in again, page by page.
+"""
 
 import ctypes
 import sys
+
+import torch
 
 # Parameters of mallopt(3): blocks from the heap rather than mmap, and no trimming of the heap's end.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -16,3 +21,9 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 64 << 20)
+
+
+def peak_gpu_bytes() -> int:
+    """The most of its GPU that this process took since torch.cuda.reset_peak_memory_stats: tensors, blocks kept free, CUDA's own."""
+    free, total = torch.cuda.mem_get_info()
+    return torch.cuda.max_memory_reserved() + (total - free - torch.cuda.memory_reserved())

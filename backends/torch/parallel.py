@@ -162,6 +162,12 @@ def build_task(
     """
     recomputes = how.recompute == "always" and stage.kind != "align"
     if world.size == 1:
+        if stage.kind == "align" and not isinstance(student, Model):
+            # The rest of the student waits where there is room.
+            model = load_on(student, World(device=torch.device("cpu")), precision)
+            for mixer in mixers_of(model):
+                mixer.to(world.device)
+            return Task(stage, model, teacher)
         model = student if isinstance(student, Model) else load_on(student, world, precision)
         model = untied(model) if own_head else model
         task = Task(stage, model.to(world.device), teacher)
