@@ -4,7 +4,8 @@ Run: python bench/kl.py [--tokens 8192] [--width 3584] [--vocab 152064] [--forms
 Prints one row per form, last: milliseconds of forward and backward, over the floor, GiB beyond the inputs and the gradients
 that are returned, and relative RMS errors against float64 (of the first 512 tokens, or, for the head's gradient, of 256 rows).
 The floor is four products of these sizes at the rate of 8192 x 8192 x 8192, which is measured anew before each form: a card
-that has worked for a while is slower. "x four" is over the four products themselves. Liger's loss is timed where liger_kernel is importable.
+that has worked for a while is slower. "x four" is over the four products themselves. Liger's loss is timed where liger_kernel
+is importable.
 """
 import argparse
 import statistics
@@ -147,9 +148,10 @@ def matmul_rate(repeats: int) -> float:
 
 
 def four_products(inputs: Inputs, repeats: int) -> float:
-    """Milliseconds of both logits, d hidden and d head as they are, with nothing between; the logits take 2,048 tokens at a time."""
+    """Milliseconds of both logits, d hidden and d head as they are, 2,048 tokens at a time, with nothing between."""
     hidden, head, t_hidden, t_head, _ = (x.detach() for x in inputs)
-    logits, grad, total = torch.empty(2048, len(head), dtype=head.dtype, device=head.device), torch.empty_like(hidden), head.clone()
+    logits = torch.empty(2048, len(head), dtype=head.dtype, device=head.device)
+    grad, total = torch.empty_like(hidden), head.clone()
 
     def all_four() -> None:
         for x, y, out in zip(hidden.split(2048), t_hidden.split(2048), grad.split(2048), strict=True):
@@ -251,7 +253,8 @@ def main() -> None:
     for name, form in forms(options.forms, inputs).items():
         rows.append(measure(name, form, inputs, options.repeats, wanted))
         print(rows[-1], flush=True)
-    print(f"\n{'form':30s} {'ms':>8s} {'floor ms':>8s} {'x floor':>7s} {'x four':>7s} {'GiB':>7s} {'d hidden':>10s} {'d head':>10s}", *rows, sep="\n")
+    heading = f"{'form':30s} {'ms':>8s} {'floor ms':>8s} {'x floor':>7s} {'x four':>7s} {'GiB':>7s} {'d hidden':>10s} {'d head':>10s}"
+    print("\n" + heading, *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,6 @@ def measure_form(stage: Stage, form: str, student: Model, teacher: Model, sample
     print(row, flush=True)
     if form == "ours":
         PLANS.append(planned(stage, student, teacher, took, peak))
-    del optimizer, graphed
     return row, took, update
 
 
@@ -321,13 +320,14 @@ def main() -> None:
     shape = TINY if options.shape == "tiny" else SHAPES[options.shape]
     shape = replace(shape, vocab_size=options.vocab or shape.V, mixers=())
     rate = matmul_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matmul {rate / 1e12:.0f} TFLOP/s, {options.shape}", flush=True)
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, matmul {rate / 1e12:.0f} TFLOP/s, {options.shape}", flush=True)
     counts = [int(text) or shape.L for text in options.layers.split(",")]
     results = {kind: {n: run_stage(kind, shape, n, rate, options) for n in counts} for kind in options.stages.split(",")}
     print(f"\n{'stage':8s} {'L':>3s} {'batch':9s} {'form':22s} {'tok/s':>9s} {'MFU %':>5s} {'ms':>8s} {'update':>7s} {'GiB':>6s} "
           f"{'idle%':>5s} {'first s':>6s} {'loss':>9s} {'lost':>8s}", *ROWS, sep="\n")
-    print(f"\n{'stage':8s} {'L x D':11s} {'batch':9s} {'plan ms':>9s} {'ms':>9s} {'%':>6s}   {'plan GiB':>7s} {'GiB':>7s} {'%':>6s}",
-          *PLANS, sep="\n")
+    print(f"\n{'stage':8s} {'L x D':11s} {'batch':9s} {'plan ms':>9s} {'ms':>9s} {'%':>6s}   {'plan GiB':>7s} {'GiB':>7s} "
+          f"{'%':>6s}", *PLANS, sep="\n")
     for kind, by_layers in results.items():
         project(kind, shape, by_layers, options)
 

@@ -24,6 +24,6 @@ def keep_freed_memory() -> None:
 
 
 def peak_gpu_bytes() -> int:
-    """The most of its GPU that this process took since torch.cuda.reset_peak_memory_stats: tensors, blocks kept free, CUDA's own."""
+    """The most of its GPU that this process took since reset_peak_memory_stats: tensors, blocks kept free, CUDA's own."""
     free, total = torch.cuda.mem_get_info()
     return torch.cuda.max_memory_reserved() + (total - free - torch.cuda.memory_reserved())

@@ -89,7 +89,7 @@ class StageRun:
         return found.pin_memory() if self.world.device.type == "cuda" else found
 
     def accumulate(self, samples: Tensor) -> Tensor:
-        """Forward and backward over `samples` in micro-batches: global mean loss and, in step 1, the error of each layer (1 + L').
+        """Forward and backward over `samples` in micro-batches: global mean loss and, in step 1, each layer's error (1 + L').
 
         On the device, and nobody waits for it: what must be counted is counted on the CPU.
         """

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from radlads.backends.torch import optim
-from radlads.backends.torch.kernels import adamw
 from radlads.backends.torch.optim import OnePass, Optimizer
 from radlads.recipe import Stage
 
