@@ -253,7 +253,9 @@ def main() -> None:
     for name, form in forms(options.forms, inputs).items():
         rows.append(measure(name, form, inputs, options.repeats, wanted))
         print(rows[-1], flush=True)
-    heading = f"{'form':30s} {'ms':>8s} {'floor ms':>8s} {'x floor':>7s} {'x four':>7s} {'GiB':>7s} {'d hidden':>10s} {'d head':>10s}"
+    columns = ("ms", "floor ms", "x floor", "x four", "GiB", "d hidden", "d head")
+    widths = (8, 8, 7, 7, 7, 10, 10)
+    heading = f"{'form':30s}" + "".join(f" {name:>{width}s}" for name, width in zip(columns, widths, strict=True))
     print("\n" + heading, *rows, sep="\n")
 
 

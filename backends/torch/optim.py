@@ -157,16 +157,15 @@ class Optimizer:
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
             self.parameters[name].copy_(master)
-            kept = [tensors.get(f"{moment}.{name}") for moment in MOMENTS]
-            if kept[0] is None or kept[1] is None:
+            moments = {m: tensors[f"{m}.{name}"].to(master.device) for m in MOMENTS if f"{m}.{name}" in tensors}
+            if not moments:
                 continue
             if isinstance(self.adam, SmallAdamW):
-                self.adam.put(master, kept[0], kept[1], updates)
+                self.adam.put(master, *moments.values(), updates)
             elif isinstance(self.adam, OnePass):
-                for moment, values in zip(MOMENTS, kept, strict=True):
+                for moment, values in moments.items():
                     self.adam.state[master][moment].copy_(values)
             else:
-                moments = {moment: values.to(master.device) for moment, values in zip(MOMENTS, kept, strict=True)}
                 self.adam.state[master] = {"step": torch.tensor(float(updates), device=master.device), **moments}
 
 

@@ -98,10 +98,10 @@ class StageRun:
         parts, found = samples.split(self.micro), []
         for index, part in enumerate(parts):
             self.task.before_micro_batch(index == len(parts) - 1)
-            counted = weight(self.stage, part)
+            share = weight(self.stage, part) / total
             if self.split_heads:  # the loss is that of all processes already
-                counted = self.world.sum(counted) / self.world.size
-            found.append(self.micro_batch(part, counted / total, index == 0))
+                share = self.world.sum(weight(self.stage, part)) / (total * self.world.size)
+            found.append(self.micro_batch(part, share, index == 0))
         if self.chain is not None:
             self.chain.finish()
         return self.world.mean(torch.stack(found).sum(0))
