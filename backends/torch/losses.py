@@ -1,11 +1,9 @@
 """Losses over a large vocabulary, from hidden states: the logits of all tokens never exist at once.
 
-Tokens go through in groups. Of a group the student's logits are made, then the teacher's, a part at a time; the student's are
-overwritten with their gradient, from which the gradients of hidden states and head follow. So everything is done when the
-loss is known, and the backward pass only scales.
-
-Logits in bfloat16 are kept less an offset of their token near the largest one: the likely tokens have small values then, which
-rounding hardly moves. No loss depends on what is added to all logits of a token.
+Tokens go through in groups: the student's logits, then the teacher's, a part at a time; the student's are overwritten with
+their gradient, from which those of hidden states and head follow, so the backward pass only scales. Logits in bfloat16 are
+kept less an offset of their token near the largest one, so that those of likely tokens are small and rounding hardly moves
+them: no loss depends on what is added to all logits of a token.
 """
 
 from dataclasses import dataclass

@@ -161,7 +161,7 @@ class Optimizer:
             if not moments:
                 continue
             if isinstance(self.adam, SmallAdamW):
-                self.adam.put(master, *moments.values(), updates)
+                self.adam.put(master, moments["exp_avg"], moments["exp_avg_sq"], updates)
             elif isinstance(self.adam, OnePass):
                 for moment, values in moments.items():
                     self.adam.state[master][moment].copy_(values)
