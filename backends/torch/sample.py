@@ -71,7 +71,7 @@ def sample_rows(
         rows = min(batch_size, -(-(tokens - done) // seq_len))
         yield Written(found.tokens[:rows], found.origin[:rows])
         done += rows * seq_len
-        took = max(took, time.monotonic() - before) if done > rows * seq_len else 0.0
+        took = time.monotonic() - before
         if progress is not None:
             progress(min(done, tokens), tokens)
 
