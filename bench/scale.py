@@ -20,6 +20,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,15 +330,10 @@ def partial_result(job: Job, seen: str) -> dict[str, Any]:
     return {"last_line": seen, "steps": len(steps), **({"step_s": usual(steps)} if steps else {})}
 
 
-def at_once(*calls: Any) -> list[Any]:
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
     """What several functions return that run at the same time."""
-    found: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda i=i, call=call: found.update({i: call()})) for i, call in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[i] for i in range(len(calls))]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [running.result() for running in [pool.submit(call) for call in calls]]
 
 
 # ---- what is looked at ----
@@ -398,8 +395,8 @@ class Bench:
         for a, b in zip(one, many, strict=True):
             if "failed" not in a and "failed" not in b:
                 told = {key: a[key] for key in ("check", "kind", "shape", "layers", "precision")}
-                differences = {f"{name}_difference": difference(a[f"{name}s"], b[f"{name}s"]) for name in ("loss", "norm")}
-                self.add(told | differences)
+                told["loss_difference"] = difference(a["losses"], b["losses"])
+                self.add(told | {"norm_difference": difference(a["norms"], b["norms"])})
 
     def speed(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
         """How many times as fast many are as one."""
