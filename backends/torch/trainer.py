@@ -21,7 +21,7 @@ from radlads.backends.torch.objectives import weight
 from radlads.backends.torch.optim import Optimizer, Update, trainable
 from radlads.backends.torch.parallel import Task, local_batch, local_of, recomputed, sharded
 from radlads.backends.torch.watchdog import Watchdog
-from radlads.backends.torch.world import World
+from radlads.backends.torch.world import World, leave_at_once
 from radlads.data.samples import Corpus
 from radlads.errors import fail
 from radlads.recipe import Parallel, Stage
@@ -151,6 +151,7 @@ class StageRun:
         if self.world.size > 1:
             # The others are in the middle of a collective: a new start is the only safe way back.
             why = f"a micro-batch of {self.micro} does not fit; {smaller} is noted for the next start"
+            leave_at_once()
             raise fail("R403", where=f"rank {self.world.rank}", why=why, fix="Run the same command again")
         note = f"out of memory: micro-batch {self.micro} -> {smaller}"
         self.run.log({"kind": "note", "stage": self.stage.number, "text": note})

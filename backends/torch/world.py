@@ -3,6 +3,7 @@
 How weights and work are spread over them stands in `parallel`. A run of one process never imports torch.distributed.
 """
 
+import atexit
 import os
 import select
 import sys
@@ -225,6 +226,7 @@ class World:
         if self.size > 1 and any(sign in text for sign in LOST):
             why = f"another process of the run is gone ({str(error).partition('. ')[0][:160]})"
             fix = "Run the same command again: it goes on from the last checkpoint"
+            leave_at_once()
             raise fail("R406", where=f"rank {self.rank} of {self.size}", why=why, fix=fix) from error
         raise error
 
@@ -243,6 +245,17 @@ def has_ended(handle: int) -> bool:
     poll = select.poll()
     poll.register(handle, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def leave_at_once() -> None:
+    """Make this process, which ends with an error, take nothing down: that would wait for GPUs that wait for other processes."""
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    atexit.register(end)
 
 
 def join_world(device: str | None = None) -> World:
