@@ -15,6 +15,7 @@ from radlads.backends.mlx.model import Model
 from radlads.engine import Scored
 from radlads.errors import fail
 from radlads.folder import ModelFolder
+from radlads.positions import rope_depends_on_length
 
 # Tokens per forward pass, so that the memory of a long prompt does not grow with it.
 PREFILL_STEP = 1024
@@ -35,8 +36,13 @@ class MlxEngine:
 
     name = "mlx"
 
-    def __init__(self, model: Model, initial: Mapping[str, npt.NDArray[Any]] | None = None) -> None:
-        """`initial` is a trained state before the first token, by the names of a state adapter."""
+    def __init__(
+        self, model: Model, initial: Mapping[str, npt.NDArray[Any]] | None = None, *, compiled: bool | None = None
+    ) -> None:
+        """`initial` is a trained state before the first token, by the names of a state adapter.
+
+        `compiled` fuses the small operations of a decode step; None means on a GPU (on a CPU MLX would run a C++ compiler).
+        """
         self.model = model
         self.spec = model.spec
         layers: list[dict[str, mx.array]] = [{} for _ in self.spec.mixers]
@@ -45,6 +51,10 @@ class MlxEngine:
             layers[int(layer)][name] = mx.array(x) if name == "wkv" else mx.array(x).astype(model.model.norm.weight.dtype)
         self.initial = MlxState(0, tuple(layers))
         self.device = str(mx.default_device().type).rsplit(".", 1)[-1]
+        # Keys and values grow with every token and tables of some rotary positions with the length: no graph of those lasts.
+        lasting = not self.spec.kept_layers and not rope_depends_on_length(self.spec)
+        fuse = lasting and (self.device == "gpu" if compiled is None else compiled)
+        self._decode = mx.compile(self._decoded) if fuse else self._decoded
 
     def start(self) -> MlxState:
         """The state before the first token."""
@@ -54,6 +64,9 @@ class MlxEngine:
         """Logits (V,) after the last of `tokens` (at least one), and the new state; `state` stays as it is."""
         if not tokens:
             raise ValueError("no tokens to feed")
+        if len(tokens) == 1 and self._batched([state]):
+            logits, (state,) = self.feed_many([state], tokens)
+            return logits[0], state
         for first in range(0, len(tokens), PREFILL_STEP):
             hidden, state = self._step(state, tokens[first : first + PREFILL_STEP])
         logits = self.model.head(hidden[-1]).astype(mx.float32)
@@ -64,25 +77,35 @@ class MlxEngine:
 
         Sequences with softmax layers or without a token so far have states of different shapes: those go one by one.
         """
-        if len(states) == 1 or self.spec.kept_layers or any(state.position == 0 for state in states):
+        if not self._batched(states):
             fed = [self.feed(state, [token]) for state, token in zip(states, tokens, strict=True)]
             return np.stack([logits for logits, _ in fed]), [state for _, state in fed]
-        caches = self.model.make_cache()
-        for index, cache in enumerate(caches):
-            held = [state.layers[index] for state in states]
-            cache[SEEN] = mx.array([state.position for state in states], mx.int32)
-            for slot, name in SLOTS.items():
-                if name in held[0]:
-                    cache[slot] = mx.concatenate([arrays[name] for arrays in held])
-        hidden = self.model.model(mx.array(list(tokens))[:, None], caches)[:, -1]
-        logits = self.model.head(hidden).astype(mx.float32)
-        layers = [_taken(cache) for cache in caches]
+        layers = [
+            {name: mx.concatenate([arrays[name] for arrays in held]) if len(held) > 1 else x for name, x in held[0].items()}
+            for held in zip(*(state.layers for state in states), strict=True)
+        ]
+        seen = mx.array([state.position for state in states], mx.int32)
+        logits, layers = self._decode(mx.array(list(tokens))[:, None], seen, layers)
         after = [
             MlxState(state.position + 1, tuple({name: x[row : row + 1] for name, x in layer.items()} for layer in layers))
             for row, state in enumerate(states)
         ]
         mx.eval(logits, *(state.layers for state in after))
         return np.array(logits), after
+
+    def _batched(self, states: Sequence[MlxState]) -> bool:
+        """Whether the states stack: none of them grows, and none is still empty."""
+        return not self.spec.kept_layers and all(state.position > 0 for state in states)
+
+    def _decoded(
+        self, tokens: mx.array, seen: mx.array, layers: list[dict[str, mx.array]]
+    ) -> tuple[mx.array, list[dict[str, mx.array]]]:
+        """One token to each row of a batch: tokens (B, 1), those seen before (B,), states by layer; logits (B, V), new states."""
+        caches = self.model.make_cache()
+        for cache, arrays in zip(caches, layers, strict=True):
+            fill(cache, seen, arrays)
+        hidden = self.model.model(tokens, caches)[:, -1]
+        return self.model.head(hidden).astype(mx.float32), [_taken(cache) for cache in caches]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         """Score whole sequences (at least one token each), one after the other, in steps of bounded memory."""
@@ -118,10 +141,7 @@ class MlxEngine:
             if mixer == "softmax":
                 cache.state = (arrays["k"], arrays["v"], state.position)
             else:
-                cache[SEEN] = mx.array([state.position], mx.int32)
-                for slot, name in SLOTS.items():
-                    if name in arrays:
-                        cache[slot] = arrays[name]
+                fill(cache, mx.array([state.position], mx.int32), arrays)
         return caches
 
     def state_arrays(self, state: MlxState) -> dict[str, npt.NDArray[Any]]:
@@ -166,6 +186,14 @@ def load_engine(folder: ModelFolder, dtype: str | None = None) -> MlxEngine:
         return MlxEngine(model)
     apply_adapter(model, adapter)
     return MlxEngine(model, adapter.tensors() if adapter.kind == "state" else None)
+
+
+def fill(cache: Any, seen: mx.array, arrays: dict[str, mx.array]) -> None:
+    """Put tokens seen (B,) and the arrays of a state into an empty cache of a recurrent layer."""
+    cache[SEEN] = seen
+    for slot, name in SLOTS.items():
+        if name in arrays:
+            cache[slot] = arrays[name]
 
 
 def _taken(cache: Any) -> dict[str, mx.array]:

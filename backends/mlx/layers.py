@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
 
 from radlads.backends.mlx.kernels.gpu import has_kernels
 from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
@@ -30,7 +31,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, T, D) to (B, T, D)."""
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Projections(nn.Module):

@@ -73,6 +73,20 @@ def peak_bytes(form: Form) -> int:
     return mx.get_peak_memory() - before
 
 
+def steps(B: int, H: int, N: int, dtype: mx.Dtype, nbytes: int) -> tuple[dict[str, Form], int]:
+    """One token for each of several layers' states, as many as fill `nbytes`: a decode step in each form, and their number.
+
+    As in a model, a state has left every cache before its turn comes again, and launches follow each other without a wait.
+    """
+    count = max(1, nbytes // (4 * B * H * N * N))
+    layers = [forms(draw(B, 1, H, N, dtype, seed)) for seed in range(count)]
+
+    def all_layers(name: str) -> Form:
+        return lambda: [layer[name]() for layer in layers]
+
+    return {name: all_layers(name) for name in layers[0]}, count
+
+
 def copy_bandwidth(megabytes: int, rounds: int = 7) -> float:
     """Bytes read and written per second by a copy of an array of this size."""
     x = mx.zeros((megabytes * 2**18,), mx.float32)

@@ -25,6 +25,7 @@ from tests.shim.compilers import CLANG, complaints_as_metal, ptx
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 needs_clang = pytest.mark.skipif(CLANG is None, reason="clang is not installed")
+needs_gpu = pytest.mark.skipif(mx.default_device() == mx.cpu, reason="MLX has no GPU here")
 # (batch, tokens, heads, head size, decay): one token, blocks and checkpoints cut short or met exactly
 CASES = [
     (1, 1, 1, 64, "mixed"),
@@ -63,6 +64,16 @@ def test_output_state_and_gradients_equal_the_token_loop(name, case, use):
     assert max(report.values()) <= 1e-6, report
 
 
+@needs_gpu
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("decay", ["mixed", "none", "strongest", "weak"])
+@pytest.mark.parametrize("head_size", LANES)
+def test_this_gpu_equals_the_token_loop(name, decay, head_size):
+    for shape in ((1, 1, 1), (2, 37, 3), (1, 16, 2), (3, 130, 2)):
+        report = errors(name, make_inputs(name, *shape, head_size, decay), None)
+        assert max(report.values()) <= 1e-5, (shape, report)
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", OPS)
 def test_thread_order_and_spelling_change_no_bit(name, use):
@@ -88,10 +99,11 @@ def test_short_floats_are_rounded_once(dtype, bound, use):
     assert relative(out.astype(mx.float32), exact[0]) <= bound and relative(last, exact[1]) <= 1e-6
 
 
-@needs_compiler
+@pytest.mark.parametrize("on", [pytest.param("shim", marks=needs_compiler), pytest.param("gpu", marks=needs_gpu)])
 @pytest.mark.parametrize("name", STEPS)
-def test_fused_step_equals_the_oracle(name, use):
-    use(shim())
+def test_fused_step_equals_the_oracle(name, on, use):
+    if on == "shim":
+        use(shim())
     spec, rng = STEPS[name], np.random.default_rng(0)
     weights = {key: random_tensor(key, row.shape, rng) for key, row in spec.tensors().items()}
     model = Model(ModelArgs(radlads=spec.to_dict()))

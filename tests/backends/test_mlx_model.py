@@ -1,5 +1,6 @@
 """The MLX model against the float64 oracle, its caches and padding, its folder, its engine, and stock mlx-lm."""
 
+import shutil
 import sys
 from dataclasses import replace
 from functools import lru_cache
@@ -388,3 +389,23 @@ def test_state_arrays_go_there_and_back(name):
     ):
         with pytest.raises(RadladsError, match="R304"):
             engine.from_arrays(wrong)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_compiled_step_equals_the_plain_one():
+    """A GPU fuses the decode step; on a CPU MLX runs a C++ compiler for each piece, so one layer has to do."""
+    spec, rng = replace(QWEN3, num_layers=1, mixers=()).as_student("rwkv7"), np.random.default_rng(2)
+    model = Model(ModelArgs(radlads=spec.to_dict()))
+    model.load_weights([(key, mx.array(random_tensor(key, row.shape, rng))) for key, row in spec.tensors().items()])
+    plain, fused = (MlxEngine(model.eval(), compiled=compiled) for compiled in (False, True))
+    assert plain._decode == plain._decoded != fused._decode
+    states = [plain.feed(plain.start(), tokens_of(length).tolist())[1] for length in (20, 9)]
+    for rows in ([0, 1], [1, 0]):
+        ids = [3 + row for row in rows]
+        found, after = fused.feed_many([states[row] for row in rows], ids)
+        wanted, expected = plain.feed_many([states[row] for row in rows], ids)
+        assert relative(found, wanted) <= 1e-6
+        for row, mine, theirs in zip(rows, after, expected, strict=True):
+            assert mine.position == theirs.position
+            assert all(relative(x["wkv"], y["wkv"]) <= 1e-6 for x, y in zip(mine.layers, theirs.layers, strict=True))
+            states[row] = mine
