@@ -9,8 +9,11 @@ import mlx.core as mx
 from mlx_lm.models.rwkv7 import _wkv7_step_ops, wkv7_kernel
 
 from radlads.backends.mlx.kernels import zero_state
+from radlads.backends.mlx.kernels.gpu import has_kernels
+from radlads.backends.mlx.kernels.step import fused_step7
 from radlads.backends.mlx.kernels.wkv7 import wkv7
 from radlads.backends.mlx.layers import RWKV7_MIN_LOG_W, unit_keys
+from radlads.spec import MixerOptions
 
 Form = Callable[[], Any]
 
@@ -79,12 +82,26 @@ def steps(B: int, H: int, N: int, dtype: mx.Dtype, nbytes: int) -> tuple[dict[st
     As in a model, a state has left every cache before its turn comes again, and launches follow each other without a wait.
     """
     count = max(1, nbytes // (4 * B * H * N * N))
-    layers = [forms(draw(B, 1, H, N, dtype, seed)) for seed in range(count)]
+    layers = []
+    for seed in range(count):
+        arrays = draw(B, 1, H, N, dtype, seed)
+        layers.append(forms(arrays) | ({"radlads, fused": fused(arrays)} if has_kernels(N) else {}))
 
     def all_layers(name: str) -> Form:
         return lambda: [layer[name]() for layer in layers]
 
     return {name: all_layers(name) for name in layers[0]}, count
+
+
+def fused(arrays: list[mx.array]) -> Form:
+    """The kernel of a whole RAD-RWKV7 step (7.2-7.9): besides the recurrence, decay, rate, keys and gate of the token."""
+    r, log_w, k, v, _, b, state = arrays
+    B, _, H, N = r.shape
+    d, rate = (x.astype(r.dtype).reshape(B, 1, H * N) for x in (log_w, b))
+    key = mx.ones((1, 1, H * N), r.dtype)
+    mx.eval(d, rate, key)
+    options = MixerOptions()
+    return lambda: fused_step7(r, k, v, d, rate, (key, key), None, d, None, None, state, options, RWKV7_MIN_LOG_W)
 
 
 def copy_bandwidth(megabytes: int, rounds: int = 7) -> float:
