@@ -26,18 +26,19 @@ import mlx_lm
 
 from radlads.backends.mlx.engine import MlxEngine
 from radlads.backends.mlx.kernels import gpu
-from radlads.backends.mlx.measure import copy_bandwidth, draw, forms, interleaved, peak_bytes, steps
+from radlads.backends.mlx.measure import copy_bandwidth, draw, forms, gradient_forms, interleaved, peak_bytes, steps
 from radlads.backends.mlx.model import Model, ModelArgs
 from radlads.spec import ModelSpec
 
 
-def prefill(T: int, H: int, N: int, dtype: mx.Dtype, rounds: int) -> list[dict[str, object]]:
-    """A prompt of one sequence in every form."""
-    candidates = forms(draw(1, T, H, N, dtype))
+def prefill(T: int, H: int, N: int, dtype: mx.Dtype, rounds: int, gradient: bool = False) -> list[dict[str, object]]:
+    """A prompt of one sequence in every form, forward or forward and backward."""
+    candidates = (gradient_forms if gradient else forms)(draw(1, T, H, N, dtype))
     memory = {name: peak_bytes(form) for name, form in candidates.items()}
     seconds = interleaved(candidates, rounds)
+    kind = "gradient" if gradient else "prefill"
     return [
-        {"kind": "prefill", "shape": [1, T, H, N], "form": name, "ms": 1e3 * s, "tokens_per_s": T / s, "peak_bytes": memory[name]}
+        {"kind": kind, "shape": [1, T, H, N], "form": name, "ms": 1e3 * s, "tokens_per_s": T / s, "peak_bytes": memory[name]}
         for name, s in seconds.items()
     ]
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--batches", default="1,32", help="batch sizes of the decode step")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--gradient", action="store_true", help="also forward and backward; a token loop keeps every state")
     parser.add_argument("--layers", type=int, default=0, help="also a decode step of a model of so many 7B layers")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -102,6 +104,8 @@ def main() -> None:
     nbytes = 2**30 if on_gpu else 2**24
     bandwidth = copy_bandwidth(nbytes >> 20)
     rows = prefill(options.tokens, H, N, dtype, options.rounds)
+    if options.gradient:
+        rows += prefill(options.tokens, H, N, dtype, options.rounds, gradient=True)
     for B in map(int, options.batches.split(",")):
         rows += decode(B, H, N, dtype, options.rounds, nbytes)
     models = {B: model_step(B, options.layers, options.rounds) for B in (1, 32)} if options.layers else {}

@@ -44,6 +44,20 @@ def forms(arrays: list[mx.array]) -> dict[str, Form]:
     return found
 
 
+def gradient_forms(arrays: list[mx.array]) -> dict[str, Form]:
+    """The gradients of all inputs, ours and through a token loop."""
+    r, log_w, *rest = arrays
+    w = mx.exp(log_w)
+    mx.eval(w)
+
+    def gradient(op: Callable[..., Any], inputs: list[mx.array]) -> Form:
+        slope = mx.grad(lambda *x: op(*x)[0].astype(mx.float32).sum(), argnums=list(range(len(inputs))))
+        return lambda: slope(*inputs)
+
+    own = gradient(lambda *x: wkv7(*x, min_log_w=RWKV7_MIN_LOG_W), arrays)
+    return {"radlads": own, "token loop": gradient(token_loop, [r, w, *rest])}
+
+
 def token_loop(
     r: mx.array, w: mx.array, k: mx.array, v: mx.array, a: mx.array, b: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:

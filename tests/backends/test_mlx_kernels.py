@@ -8,6 +8,7 @@ import torch
 from radlads.backends.mlx.kernels import FLOOR, LARGEST_EXPONENT, chunk_size
 from radlads.backends.mlx.kernels.wkv6 import wkv6
 from radlads.backends.mlx.kernels.wkv7 import unit_lower_inverse, wkv7
+from radlads.backends.mlx.measure import draw, peak_bytes, token_loop
 
 OPS = {"wkv6": wkv6, "wkv7": wkv7}
 # (batch, tokens, heads, head size, decay, bound promised to the op)
@@ -156,7 +157,26 @@ def test_decay_below_the_floor_is_finite(name, tokens):
     assert all(mx.isfinite(g).all() for g in gradients)
 
 
+def test_memory_is_a_fifth_of_the_token_loop_and_does_not_follow_the_length():
+    """Counted by MLX, so that the machine's load plays no part. The loop's gradient keeps every state."""
+
+    def peaks(T):
+        arrays = draw(1, T, 2, 64, mx.float32)
+        r, log_w, k, v, a, b, state = arrays
+        both = {"own": (wkv7, arrays, {"min_log_w": -0.6066}), "loop": (token_loop, [r, mx.exp(log_w), k, v, a, b, state], {})}
+        for name, (op, inputs, options) in both.items():
+            mx.eval(inputs)
+            yield name, peak_bytes(lambda op=op, inputs=inputs, options=options: op(*inputs, **options))
+            slope = mx.grad(lambda *x, op=op, options=options: op(*x, **options)[0].sum(), argnums=list(range(7)))
+            yield f"{name} gradient", peak_bytes(lambda slope=slope, inputs=inputs: slope(*inputs))
+
+    short, long = dict(peaks(512)), dict(peaks(1024))
+    assert 5 * long["own"] <= long["loop"] and 20 * long["own gradient"] <= long["loop gradient"], long
+    results = 4 * 512 * 2 * 64  # one more array of results, in bytes
+    assert long["own"] - short["own"] <= 4 * results and long["own gradient"] - short["own gradient"] <= 20 * results
+
+
 def test_chunk_size_keeps_half_a_chunk_within_float32():
-    assert [chunk_size(4096, bound) for bound in (None, FLOOR, -5.0, -0.6065)] == [8, 8, 32, 32]
-    assert [chunk_size(length, -0.6065) for length in (2, 3, 9, 33)] == [2, 4, 16, 32]
+    assert [chunk_size(4096, bound) for bound in (None, FLOOR, -5.0, -0.6065)] == [8, 8, 16, 16]
+    assert [chunk_size(length, -0.6065) for length in (2, 3, 7, 9)] == [2, 4, 8, 16]
     assert all(chunk_size(4096, bound) / 2 * -bound <= LARGEST_EXPONENT for bound in np.linspace(-20, -0.1, 50))

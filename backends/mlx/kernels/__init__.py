@@ -1,6 +1,12 @@
-"""What the chunk-parallel recurrences share: the chunk size, cutting time into chunks, decays inside a chunk."""
+"""What the chunk-parallel recurrences share: chunks and segments of time, decays inside a chunk, products with their gradient.
 
-from typing import cast
+Matrices are multiplied as a @ b with b as it lies in memory, never as its transpose: on a CPU, MLX's matrix library is three
+times slower there. An exponential costs as much as thirty multiplications: each decay is taken once.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -8,7 +14,9 @@ import mlx.core as mx
 FLOOR = -20.0
 # Decays are factorised around the middle of a chunk: exp(80) leaves a factor of 6000 below float32's largest number.
 LARGEST_EXPONENT = 80.0
-LARGEST_CHUNK = 32
+LARGEST_CHUNK = 16
+# Heads times tokens that are worked on together: enough to hide what an operation costs to start, little memory.
+SEGMENT = 1024
 
 
 def chunk_size(length: int, min_log_w: float | None) -> int:
@@ -20,36 +28,113 @@ def chunk_size(length: int, min_log_w: float | None) -> int:
     return size
 
 
+def segments(x: mx.array, size: int) -> Iterator[slice]:
+    """Parts of the time of x (B, T, H, N), whole chunks of `size` tokens but for the last."""
+    B, T, H, _ = x.shape
+    step = size * max(1, SEGMENT // (B * H * size))
+    return (slice(first, first + step) for first in range(0, T, step))
+
+
+def by_segments(form: Callable[..., Any], size: int) -> Any:
+    """`form(*inputs, state) -> (p, state)` over parts of time, as one function of MLX with a gradient.
+
+    Inputs and p are (B, T, H, N). Only one part's intermediate arrays exist at a time, also in the gradient, which goes
+    through a part again from the state it began with.
+    """
+
+    @mx.custom_function
+    def run(*arrays: mx.array) -> list[mx.array]:
+        *inputs, state = arrays
+        parts, starts = [], []
+        for part in segments(inputs[0], size):
+            starts.append(state)
+            p, state = form(*after([x[:, part] for x in inputs], [state]), state)
+            parts.append(p)
+            (state,) = after([state], [p])
+        return [mx.concatenate(parts, axis=1), state, *starts]
+
+    @run.vjp
+    def gradient(arrays: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        *inputs, _ = arrays
+        dp, dstate, *_ = cotangents
+        found = []
+        for part, start in reversed(list(zip(segments(dp, size), outputs[2:], strict=True))):
+            given = after([x[:, part] for x in inputs], [dstate])
+            _, (*slopes, dstate) = mx.vjp(form, [*given, start], [dp[:, part], dstate])
+            found.append(slopes)
+            (dstate,) = after([dstate], slopes)
+        return *(mx.concatenate(slopes, axis=1) for slopes in zip(*reversed(found), strict=True)), dstate
+
+    return run
+
+
+def after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
+    """The arrays, to be made only when the others are: otherwise MLX begins all parts of time at once and holds them all."""
+    return mx.depends(arrays, others)
+
+
 def split_chunks(x: mx.array, size: int) -> mx.array:
-    """(B, T, H, N) of any float type to float32 (B, H, chunks, size, N); zeros fill the last chunk, which change no state."""
+    """(B, T, H, N) of any float type to float32 (chunks, B, H, size, N); zeros fill the last chunk, which change no state."""
     B, T, H, N = x.shape
     short = -T % size
     if short:
         x = mx.pad(x, [(0, 0), (0, short), (0, 0), (0, 0)])
-    return x.astype(mx.float32).reshape(B, -1, size, H, N).transpose(0, 3, 1, 2, 4)
+    return mx.contiguous(x.astype(mx.float32).reshape(B, -1, size, H, N).transpose(1, 0, 3, 2, 4))
 
 
 def join_chunks(x: mx.array, length: int, dtype: mx.Dtype) -> mx.array:
-    """The inverse of `split_chunks`: (B, H, chunks, size, N) to (B, length, H, N) of `dtype`."""
-    B, H, _, _, N = x.shape
-    return x.transpose(0, 2, 3, 1, 4).reshape(B, -1, H, N)[:, :length].astype(dtype)
+    """The inverse of `split_chunks`: (chunks, B, H, size, N) to (B, length, H, N) of `dtype`."""
+    x = x.transpose(1, 0, 3, 2, 4)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length].astype(dtype)
 
 
 def each_chunk(x: mx.array) -> list[mx.array]:
-    """The parts (B, H, ...) of x (B, H, chunks, ...)."""
-    return cast(list[mx.array], cut_chunks(x))
+    """The parts (1, ...) of x (chunks, ...)."""
+    parts: list[mx.array] = cut_chunks(x)
+    return parts
 
 
 @mx.custom_function
 def cut_chunks(x: mx.array) -> list[mx.array]:
-    """`each_chunk` with a gradient of one stack: MLX's own gradient of a split costs the square of the number of parts."""
-    return [part.squeeze(2) for part in mx.split(x, x.shape[2], axis=2)]
+    """`each_chunk` with a gradient of one piece: MLX's own gradient of a split costs the square of the number of parts."""
+    return mx.split(x, len(x))
 
 
 @cut_chunks.vjp
-def stack_chunks(x: mx.array, cotangents: list[mx.array], parts: list[mx.array]) -> mx.array:
+def join_slopes(x: mx.array, cotangents: list[mx.array], parts: list[mx.array]) -> mx.array:
     """The gradient of `cut_chunks`."""
-    return mx.stack(cotangents, axis=2)
+    return mx.concatenate(cotangents)
+
+
+@mx.custom_function
+def plus_product(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """c + a @ b, all with the same leading axes."""
+    return mx.addmm(c, a, b)
+
+
+@plus_product.vjp
+def of_plus_product(arrays: Any, slope: mx.array, _: Any) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradient of `plus_product`."""
+    _, a, b = arrays
+    return slope, slope @ flipped(b), a.swapaxes(-1, -2) @ slope
+
+
+@mx.custom_function
+def product(a: mx.array, b: mx.array) -> mx.array:
+    """a @ b, both with the same leading axes."""
+    return a @ b
+
+
+@product.vjp
+def of_product(arrays: Any, slope: mx.array, _: Any) -> tuple[mx.array, mx.array]:
+    """The gradient of `product`."""
+    a, b = arrays
+    return slope @ flipped(b), a.swapaxes(-1, -2) @ slope
+
+
+def flipped(x: mx.array) -> mx.array:
+    """The transpose of the last two axes, laid out anew."""
+    return mx.contiguous(x.swapaxes(-1, -2))
 
 
 def floored(log_w: mx.array, min_log_w: float | None) -> mx.array:
@@ -57,37 +142,61 @@ def floored(log_w: mx.array, min_log_w: float | None) -> mx.array:
     return mx.where(log_w < FLOOR, FLOOR, log_w) if min_log_w is None or min_log_w < FLOOR else log_w
 
 
-def from_start(log_w: mx.array) -> mx.array:
-    """Log-decay from the chunk's start to each boundary between tokens, 0 first: (..., size, N) to (..., size + 1, N)."""
-    return mx.concatenate([mx.zeros_like(log_w[..., :1, :]), mx.cumsum(log_w, axis=-2)], axis=-2)
+@mx.custom_function
+def decays(log_w: mx.array) -> list[mx.array]:
+    """Decays inside chunks, from log_w (..., size, N), where m is the log-decay from the middle to a boundary between tokens:
 
-
-def from_middle(log_w: mx.array) -> mx.array:
-    """Log-decay from the chunk's middle to each boundary, positive before it: (..., size, N) to (..., size + 1, N).
-
-    Each half is summed outwards, so that rounding grows with the distance from the middle, not from the start.
+    exp(m) and exp(-m) at each of the size + 1 boundaries, m being positive before the middle; the decay from the chunk's
+    start to each boundary (..., size + 1, N), and from each token to the end (..., size, N).
     """
-    before, after = mx.split(log_w, 2, axis=-2)
-    return mx.concatenate([-mx.cumsum(before, axis=-2, reverse=True), from_start(after)], axis=-2)
+    w = mx.exp(log_w)
+    before, later = mx.split(w, 2, axis=-2)
+    one = mx.ones_like(w[..., :1, :])
+    # Each half is multiplied outwards, so that rounding grows with the distance from the middle.
+    before, later = mx.cumprod(before, axis=-2, reverse=True), mx.cumprod(later, axis=-2)
+    return [
+        mx.concatenate([mx.reciprocal(before), one, later], axis=-2),
+        mx.concatenate([before, one, mx.reciprocal(later)], axis=-2),
+        mx.concatenate([one, mx.cumprod(w, axis=-2)], axis=-2),
+        mx.concatenate([mx.cumprod(w[..., 1:, :], axis=-2, reverse=True), one], axis=-2),
+    ]
 
 
-def to_end(log_w: mx.array) -> mx.array:
-    """Log-decay from each token to the chunk's end, 0 for the last: (..., size, N)."""
-    return mx.cumsum(log_w, axis=-2, reverse=True, inclusive=False)
+@decays.vjp
+def of_decays(log_w: mx.array, slopes: Any, outputs: Any) -> mx.array:
+    """The gradient of `decays`, without a division: the slope of a logarithm is that of its exponential times this."""
+    of_m = slopes[0] * outputs[0] - slopes[1] * outputs[1]
+    from_start, to_end = slopes[2] * outputs[2], slopes[3] * outputs[3]
+    half = log_w.shape[-2] // 2
+    before = -mx.cumsum(of_m[..., :half, :], axis=-2)
+    behind = mx.cumsum(of_m[..., half + 1 :, :], axis=-2, reverse=True)
+    later = mx.cumsum(from_start[..., 1:, :], axis=-2, reverse=True)
+    sooner = mx.cumsum(to_end, axis=-2, inclusive=False)
+    return mx.concatenate([before, behind], axis=-2) + later + sooner
 
 
-def decayed_products(left: mx.array, right: mx.array, left_mid: mx.array, right_mid: mx.array, *, lag: int) -> mx.array:
-    """left_t . right_s decayed from s to t, (..., size, size), zero where s > t - lag; `lag` is 0 or 1.
-
-    `left_mid` and `right_mid` carry the decay to and from the middle. No decay lies between t and t - lag: that pair is
-    multiplied plainly, because its two shares in the gradient of log_w would cancel only up to rounding.
-    """
-    if lag:
-        right = mx.pad(right[..., :-1, :], [*[(0, 0)] * (right.ndim - 2), (1, 0), (0, 0)])
-    plain = (left * right).sum(-1, keepdims=True)  # (..., size, 1)
-    position = mx.arange(left.shape[-2])
+@lru_cache
+def pair_masks(size: int, lag: int) -> tuple[mx.array, mx.array]:
+    """Of rows t and columns s (size, size): s < t - lag as bool, and 1.0 where s = t - lag, float32."""
+    position = mx.arange(size)
     distance = position[:, None] - position[None]
-    return mx.where(distance > lag, left_mid @ right_mid.swapaxes(-1, -2), mx.where(distance == lag, plain, 0.0))
+    masks = distance > lag, (distance == lag).astype(mx.float32)
+    mx.eval(masks)
+    return masks
+
+
+def earlier(x: mx.array) -> mx.array:
+    """x (..., size, N) one token earlier, zeros for the first."""
+    return mx.pad(x[..., :-1, :], [*[(0, 0)] * (x.ndim - 2), (1, 0), (0, 0)])
+
+
+def plain_products(left: mx.array, right: mx.array) -> mx.array:
+    """left_t . right_t: (..., size, N) to (..., size, 1).
+
+    Pairs with no decay between them are multiplied so, because the two shares that exp(m) and exp(-m) have in the gradient
+    of log_w would cancel only up to rounding.
+    """
+    return (left * right).sum(-1, keepdims=True)
 
 
 def zero_state(x: mx.array) -> mx.array:

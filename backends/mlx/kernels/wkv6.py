@@ -3,18 +3,24 @@
 Layout (B, T, H, N); the decay comes as its logarithm; the state is float32 (B, H, N value, N key).
 """
 
+from functools import lru_cache, partial
+from typing import Any
+
 import mlx.core as mx
 
 from radlads.backends.mlx.kernels import (
+    by_segments,
     chunk_size,
-    decayed_products,
+    decays,
     each_chunk,
+    flipped,
     floored,
-    from_middle,
-    from_start,
     join_chunks,
+    pair_masks,
+    plain_products,
+    plus_product,
+    product,
     split_chunks,
-    to_end,
     zero_state,
 )
 from radlads.backends.mlx.kernels.gpu import has_kernels
@@ -41,7 +47,8 @@ def wkv6(
         return p, state
     if q.shape[1] == 1:
         return wkv6_step(q, k, v, log_w, state, scale=scale)
-    return wkv6_chunked(q, k, v, floored(log_w, min_log_w), state, scale=scale, size=chunk_size(q.shape[1], min_log_w))
+    p, state, *_ = wkv6_chunked(scale, chunk_size(q.shape[1], min_log_w))(q, k, v, floored(log_w, min_log_w), state)
+    return p, state
 
 
 def wkv6_step(
@@ -54,21 +61,28 @@ def wkv6_step(
     return p[:, None].astype(q.dtype), state
 
 
-def wkv6_chunked(
+@lru_cache
+def wkv6_chunked(scale: float, size: int) -> Any:
+    """The recurrence as a function of MLX of (q, k, v, log_w, state) in chunks of `size` tokens."""
+    return by_segments(partial(wkv6_segment, scale=scale, size=size), size)
+
+
+def wkv6_segment(
     q: mx.array, k: mx.array, v: mx.array, log_w: mx.array, state: mx.array, *, scale: float, size: int
 ) -> tuple[mx.array, mx.array]:
-    """All chunks of `size` tokens at once; only the state goes from chunk to chunk."""
+    """All chunks at once; only the state, here S^T (1, B, H, N key, N value), goes from chunk to chunk."""
     length, dtype = q.shape[1], q.dtype
     q, k, v, log_w = (split_chunks(x, size) for x in (q, k, v, log_w))
     q = scale * q
-    middle = from_middle(log_w)[..., 1:, :]
-    inside = decayed_products(q, k, q * mx.exp(middle), k * mx.exp(-middle), lag=0) @ v
-    added = v.swapaxes(-1, -2) @ (k * mx.exp(to_end(log_w)))  # (B, H, chunks, N value, N key)
-    decay = mx.exp(from_start(log_w))
-    kept = decay[..., -1:, :]  # (B, H, chunks, 1, N key)
-    starts = []
-    for keep, add in zip(each_chunk(kept), each_chunk(added), strict=True):
-        starts.append(state)
-        state = state * keep + add
-    before = (q * decay[..., 1:, :]) @ mx.stack(starts, axis=2).swapaxes(-1, -2)
-    return join_chunks(inside + before, length, dtype), state
+    forth, back, from_start, to_end = decays(log_w)
+    q_mid, k_mid = q * forth[..., 1:, :], k * back[..., 1:, :]
+    inside, edge = pair_masks(size, 0)
+    pairs = mx.where(inside, product(q_mid, flipped(k_mid)), plain_products(q, k) * edge)
+    own = product(pairs, v)
+    kept = flipped(from_start[..., -1:, :])  # (chunks, B, H, N key, 1)
+    state, out = flipped(state)[None], []
+    parts = map(each_chunk, (q * from_start[..., 1:, :], own, kept, k * to_end, v))
+    for of_state, of_chunk, keep, keys, values in zip(*parts, strict=True):
+        out.append(plus_product(of_chunk, of_state, state))
+        state = plus_product(keep * state, keys.swapaxes(-1, -2), values)
+    return join_chunks(mx.concatenate(out), length, dtype), flipped(state[0])
