@@ -8,7 +8,7 @@ import torch
 from radlads.backends.mlx.kernels import FLOOR, LARGEST_EXPONENT, chunk_size
 from radlads.backends.mlx.kernels.wkv6 import wkv6
 from radlads.backends.mlx.kernels.wkv7 import unit_lower_inverse, wkv7
-from radlads.backends.mlx.measure import draw, peak_bytes, token_loop
+from radlads.backends.mlx.measure import draw, forms, gradient_forms, peak_bytes
 
 OPS = {"wkv6": wkv6, "wkv7": wkv7}
 # (batch, tokens, heads, head size, decay, bound promised to the op)
@@ -162,18 +162,17 @@ def test_memory_is_a_fifth_of_the_token_loop_and_does_not_follow_the_length():
 
     def peaks(T):
         arrays = draw(1, T, 2, 64, mx.float32)
-        r, log_w, k, v, a, b, state = arrays
-        both = {"own": (wkv7, arrays, {"min_log_w": -0.6066}), "loop": (token_loop, [r, mx.exp(log_w), k, v, a, b, state], {})}
-        for name, (op, inputs, options) in both.items():
-            mx.eval(inputs)
-            yield name, peak_bytes(lambda op=op, inputs=inputs, options=options: op(*inputs, **options))
-            slope = mx.grad(lambda *x, op=op, options=options: op(*x, **options)[0].sum(), argnums=list(range(7)))
-            yield f"{name} gradient", peak_bytes(lambda slope=slope, inputs=inputs: slope(*inputs))
+        found = {kind: {name: peak_bytes(form) for name, form in make(arrays).items() if name == "radlads" or T * kind <= 2048}
+                 for kind, make in ((1, forms), (4, gradient_forms))}  # fmt: skip
+        return found[1], found[4]
 
-    short, long = dict(peaks(512)), dict(peaks(1024))
-    assert 5 * long["own"] <= long["loop"] and 20 * long["own gradient"] <= long["loop gradient"], long
-    results = 4 * 512 * 2 * 64  # one more array of results, in bytes
-    assert long["own"] - short["own"] <= 4 * results and long["own gradient"] - short["own gradient"] <= 20 * results
+    short, short_gradient = peaks(512)
+    long, long_gradient = peaks(2048)
+    assert 5 * long["radlads"] <= long["token loop"]
+    assert 10 * short_gradient["radlads"] <= short_gradient["token loop"]
+    results = 4 * (2048 - 512) * 2 * 64  # bytes of the longer results
+    assert long["radlads"] - short["radlads"] <= 4 * results
+    assert long_gradient["radlads"] - short_gradient["radlads"] <= 20 * results
 
 
 def test_chunk_size_keeps_half_a_chunk_within_float32():
