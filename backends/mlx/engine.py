@@ -65,8 +65,8 @@ class MlxEngine:
         if not tokens:
             raise ValueError("no tokens to feed")
         if len(tokens) == 1 and self._batched([state]):
-            logits, (state,) = self.feed_many([state], tokens)
-            return logits[0], state
+            rows, (state,) = self.feed_many([state], tokens)
+            return rows[0], state
         for first in range(0, len(tokens), PREFILL_STEP):
             hidden, state = self._step(state, tokens[first : first + PREFILL_STEP])
         logits = self.model.head(hidden[-1]).astype(mx.float32)

@@ -19,6 +19,11 @@ LARGEST_CHUNK = 16
 SEGMENT = 1024
 
 
+def with_gradient(op: Callable[..., Any]) -> Any:
+    """mx.custom_function, whose result MLX types as an object."""
+    return mx.custom_function(op)
+
+
 def chunk_size(length: int, min_log_w: float | None) -> int:
     """Tokens per chunk, a power of two: half a chunk of the strongest decay stays within float32, no longer than needed."""
     bound = FLOOR if min_log_w is None else max(FLOOR, min_log_w)
@@ -42,7 +47,7 @@ def by_segments(form: Callable[..., Any], size: int) -> Any:
     through a part again from the state it began with.
     """
 
-    @mx.custom_function
+    @with_gradient
     def run(*arrays: mx.array) -> list[mx.array]:
         *inputs, state = arrays
         parts, starts = [], []
@@ -63,14 +68,15 @@ def by_segments(form: Callable[..., Any], size: int) -> Any:
             _, (*slopes, dstate) = mx.vjp(form, [*given, start], [dp[:, part], dstate])
             found.append(slopes)
             (dstate,) = after([dstate], slopes)
-        return *(mx.concatenate(slopes, axis=1) for slopes in zip(*reversed(found), strict=True)), dstate
+        return *(mx.concatenate(list(slopes), axis=1) for slopes in zip(*reversed(found), strict=True)), dstate
 
     return run
 
 
 def after(arrays: list[mx.array], others: list[mx.array]) -> list[mx.array]:
     """The arrays, to be made only when the others are: otherwise MLX begins all parts of time at once and holds them all."""
-    return mx.depends(arrays, others)
+    tied: list[mx.array] = mx.depends(arrays, others)
+    return tied
 
 
 def split_chunks(x: mx.array, size: int) -> mx.array:
@@ -94,8 +100,8 @@ def each_chunk(x: mx.array) -> list[mx.array]:
     return parts
 
 
-@mx.custom_function
-def cut_chunks(x: mx.array) -> list[mx.array]:
+@with_gradient
+def cut_chunks(x: mx.array) -> Any:
     """`each_chunk` with a gradient of one piece: MLX's own gradient of a split costs the square of the number of parts."""
     return mx.split(x, len(x))
 
@@ -106,7 +112,7 @@ def join_slopes(x: mx.array, cotangents: list[mx.array], parts: list[mx.array]) 
     return mx.concatenate(cotangents)
 
 
-@mx.custom_function
+@with_gradient
 def plus_product(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
     """c + a @ b, all with the same leading axes."""
     return mx.addmm(c, a, b)
@@ -119,7 +125,7 @@ def of_plus_product(arrays: Any, slope: mx.array, _: Any) -> tuple[mx.array, mx.
     return slope, slope @ flipped(b), a.swapaxes(-1, -2) @ slope
 
 
-@mx.custom_function
+@with_gradient
 def product(a: mx.array, b: mx.array) -> mx.array:
     """a @ b, both with the same leading axes."""
     return a @ b
@@ -142,7 +148,7 @@ def floored(log_w: mx.array, min_log_w: float | None) -> mx.array:
     return mx.where(log_w < FLOOR, FLOOR, log_w) if min_log_w is None or min_log_w < FLOOR else log_w
 
 
-@mx.custom_function
+@with_gradient
 def decays(log_w: mx.array) -> list[mx.array]:
     """Decays inside chunks, from log_w (..., size, N), where m is the log-decay from the middle to a boundary between tokens:
 
