@@ -1,6 +1,7 @@
 """`radlads finetune`: an adapter for a model from texts or conversations, with mlx-lm's flags; resumable, with a report."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -147,31 +148,26 @@ def train(
     from radlads.backends import open_tuner
     from radlads.cli.progress import TrainingScreen
     from radlads.cli.train import signals
+    from radlads.errors import fail
     from radlads.files import write_file
     from radlads.runs import RECIPE, begin_run
     from radlads.states import model_fingerprint
     from radlads.tuning.loop import CHECKPOINT, Course, checkpoint_of, mean_loss
     from radlads.tuning.settings import load_tuning
 
-    path, quiet = Path(tuning.adapter_path), options.quiet or options.json
-    begun = cast(Any, tuning), options.resume
-    with (
-        begin_run(path, *begun, load=cast(Any, lambda file: load_tuning(file, {})), flag="--adapter-path") as run,
-        TrainingScreen(quiet) as screen,
-        signals() as stop,
-    ):
+    path, load = Path(tuning.adapter_path), cast(Any, lambda file: load_tuning(file, {}))
+    with TrainingScreen(options.quiet or options.json) as screen, signals() as stop, ExitStack() as opened:
+        examples, valid = (load_split(tuning, split, tokenizer, screen) for split in ("train", "valid"))
+        if examples is None:
+            raise fail("R301", where=tuning.data, why="it has no training examples", fix="Add train.jsonl")
+        tuner = open_tuner(folder, tuning, settings)
+        begun = begin_run(path, cast(Any, tuning), options.resume, load=load, flag="--adapter-path", fruit=CHECKPOINT)
+        run = opened.enter_context(begun)
         write_file(path / RECIPE, tuning.to_yaml())  # a later start may ask for more iterations
         if options.report_to:
             from radlads.cli.trackers import follow
 
             run.listeners.append(follow(options.report_to, path, tuning.name, tuning.values()))
-        examples = load_split(tuning, "train", tokenizer, screen)
-        valid = load_split(tuning, "valid", tokenizer, screen)
-        if examples is None:
-            from radlads.errors import fail
-
-            raise fail("R301", where=tuning.data, why="it has no training examples", fix="Add train.jsonl")
-        tuner = open_tuner(folder, tuning, settings)
         if tuning.resume_adapter_file and not (path / CHECKPOINT).exists():
             tuner.load(adapter_file(Path(tuning.resume_adapter_file), tuner.tensors()))
         course = Course(tuner, tuning, settings, folder, model_fingerprint(folder), run, examples, valid, screen.step, screen.say)

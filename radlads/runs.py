@@ -155,10 +155,12 @@ def begin_run(
     *,
     load: Callable[[Path], Recipe] = load_recipe,
     flag: str = "--output-dir",
+    fruit: str | None = None,
 ) -> Run:
     """Open the run folder `path` for `recipe`, new or, with `resume` "auto", begun earlier with the same recipe.
 
-    `load` reads the recipe back that lies there, and `flag` is what chooses the folder on the command line.
+    `load` reads the recipe back that lies there, and `flag` is what chooses the folder on the command line. A run that has
+    left no file called `fruit` yet may begin anew with another recipe.
     Raises R303 when the folder holds another recipe's run, a run that may not be resumed, other files, or is in use.
     """
     folder = Path(path)
@@ -180,6 +182,9 @@ def begin_run(
             "R303", where=folder, why="another process is training there", fix="Wait for it or give another folder"
         ) from None
     try:
+        if begun and fruit is not None and not (folder / fruit).exists():
+            begun = False
+            (folder / METRICS).unlink(missing_ok=True)
         run = Run(folder, recipe, begun, lock)
         if begun:
             check_same_run(load(folder / RECIPE), recipe, resume, folder, flag)

@@ -13,6 +13,7 @@ from radlads.provenance import carried_license
 from radlads.runs import RECORD
 
 KINDS = {"init": "transfer of weights", "align": "attention alignment", "distill": "distillation", "lm": "language modelling"}
+KINDS |= {"fuse": "an adapter made part of the weights", "convert": "conversion"}
 PAPER = "https://arxiv.org/abs/2505.03005"
 CITATION = """@misc{goldstein2025radlads,
   title         = {RADLADS: Rapid Attention Distillation to Linear Attention Decoders at Scale},

@@ -173,11 +173,11 @@ def unfreeze(model: Model, names: list[str]) -> None:
 
 
 def optimizer_of(tuning: Tuning) -> optim.Optimizer:
-    """The optimiser; Adam with bias correction, as the paper and PyTorch have it."""
+    """The optimiser; Adam with bias correction, unless the settings leave it out."""
     constants, rate = tuning.constants(), tuning.rate(0)
     if tuning.optimizer == "sgd":
         return optim.SGD(rate, momentum=constants.momentum, weight_decay=constants.weight_decay)
-    shared = {"betas": list(constants.betas), "eps": constants.eps, "bias_correction": True}
+    shared = {"betas": list(constants.betas), "eps": constants.eps, "bias_correction": constants.bias_correction}
     if tuning.optimizer == "adamw":
         return optim.AdamW(rate, weight_decay=constants.weight_decay, **shared)
     return optim.Adam(rate, **shared)

@@ -16,6 +16,7 @@ from radlads.backends.torch.load import load_model
 from radlads.backends.torch.losses import IGNORED, distillation_loss
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import LayerState, MixContext
+from radlads.errors import fail
 from radlads.folder import ModelFolder
 from radlads.tuning.examples import Batch
 from radlads.tuning.loop import Loss
@@ -119,6 +120,9 @@ class TorchTuner:
 def optimizer_of(tuning: Tuning, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimiser, with the constants that MLX's has."""
     constants, rate = tuning.constants(), tuning.rate(0)
+    if not constants.bias_correction:
+        why = "PyTorch's Adam always corrects its bias"
+        raise fail("R101", where="optimizer_config", why=why, fix="Leave it true, or use --backend mlx")
     if tuning.optimizer == "sgd":
         return torch.optim.SGD(trained, rate, momentum=constants.momentum, weight_decay=constants.weight_decay or 0.0)
     kind = torch.optim.AdamW if tuning.optimizer == "adamw" else torch.optim.Adam

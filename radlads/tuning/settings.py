@@ -76,6 +76,7 @@ class OptimizerConfig(Part):
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     weight_decay: Rate | None = None  # 0.01 of adamw, else none
     momentum: Beta = 0.0
+    bias_correction: bool = True  # of Adam; MLX can leave it out
 
 
 class Tuning(Part):
@@ -160,6 +161,13 @@ class Tuning(Part):
         return str(yaml.safe_dump(self.values(), sort_keys=False, allow_unicode=True))
 
 
+def without_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without those that say null, which stands for the default in mlx-lm's files."""
+    return {
+        key: without_null(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None
+    }
+
+
 def load_tuning(path: str | Path | None, flags: Mapping[str, Any]) -> Tuning:
     """Settings from a YAML file, if any, and from flags, which win; a flag of None was not given.
 
@@ -167,7 +175,7 @@ def load_tuning(path: str | Path | None, flags: Mapping[str, Any]) -> Tuning:
     """
     document = Document(Path(), {}, {}) if path is None else read_document(Path(path))
     given = {key: value for key, value in flags.items() if value is not None}
-    values = dict(document.values)
+    values = without_null(document.values)
     for key, value in given.items():
         nested = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = {**values[key], **value} if nested else value

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from radlads.runs import read_metrics
+from radlads.tuning.loop import Loss
 from tests.students import tiny_student
 
 TEXT = "Once upon a time there was an old man and his cat in a little house by the sea number {}."
@@ -121,6 +122,16 @@ def test_more_iterations_go_on_and_other_settings_are_refused(radlads, student, 
 def test_a_wish_that_cannot_be_met_is_one_line(radlads, student, data, tmp_path, more, said):
     refused = radlads(*words(student, data, tmp_path / "a", *more))
     assert refused.status == 2 and said in refused.err and len(refused.err.strip().splitlines()) <= 2, refused.err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_that_diverged_before_a_checkpoint_may_begin_anew(radlads, student, data, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("radlads.backends.torch.finetune.TorchTuner.update", lambda *_: [Loss(float("nan"), 1)])
+        diverged = radlads(*words(student, data, tmp_path / "a", "--seed", 3, "--quiet"))
+    assert diverged.status == 1 and "R404" in diverged.err and "--learning-rate" in diverged.err
+    again = radlads(*words(student, data, tmp_path / "a", "--iters", 2, "--json"))
+    assert again.status == 0 and len(read_metrics(tmp_path / "a")) == 4
 
 
 def test_a_teacher_has_no_state_to_train(radlads, teacher, data, tmp_path):

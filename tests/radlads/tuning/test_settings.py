@@ -9,6 +9,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file.write_text(
         "model: m\ndata: d\niters: 60\nlearning_rate: 1e-4\nlora_parameters: {rank: 4, scale: 2.0}\n"
         "lr_schedule: {name: cosine_decay, warmup: 10, arguments: [1e-4, 50, 1e-6]}\n"
+        "resume_adapter_file: null\nval_batches: null\n"
+        "optimizer_config:\n  adam:\n  adamw: {betas: [0.9, 0.98], weight_decay: null}\n"
     )
     found = load_tuning(file, {"iters": 80, "seed": None, "lora_parameters": {"rank": 16}})
     assert (found.iters, found.learning_rate, found.seed, found.batch_size) == (80, 1e-4, 0, 4)
