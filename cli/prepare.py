@@ -1,10 +1,11 @@
 """`radlads prepare`: tokens for training, from files and datasets or from text that a model writes."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from radlads.cli.options import arg, opt
 from radlads.cli.render import Table, progress, size
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from radlads.tokenizer import Tokenizer
 
 STORE = "store"
-DATASETS = "Hugging Face datasets"
+DATASETS, TARGETS = "Hugging Face datasets", "A teacher's predictions (also --seq-len, --batch-size and --temp)"
 # Characters read of a paragraph for each token wanted of it, and paragraphs tokenised at once.
 CHARACTERS, PROMPTS_AT_ONCE = 16, 1024
 
@@ -62,7 +63,43 @@ class PrepareOptions:
     prompt_tokens: int = opt(16, "Tokens taken of a paragraph of --prompts.", panel="Sampled text")
     max_seconds: float | None = opt(None, "Stop sampling in time, with what there is.", panel="Sampled text", metavar="SECONDS")
     seed: int = opt(0, "Seed of the random numbers.", panel="Sampled text")
+    teacher_cache: str | None = opt(
+        None, "Model folder whose predictions for every token of one prepared store are kept, for step 2.", panel=TARGETS,
+        metavar="MODEL",
+    )  # fmt: skip
+    top_k: int = opt(64, "Likeliest tokens kept of each prediction; the mass of all others is one number.", panel=TARGETS)
+    packing: Literal["stream", "reset", "document"] = opt("stream", "What a sample is, as in the recipe's stage.", panel=TARGETS)
+    dtype: Literal["bfloat16", "float32"] | None = opt(
+        None, "What the model computes in; without it bfloat16 on a GPU, float32 elsewhere.", panel=TARGETS
+    )
     json: bool = opt(False, "Print one JSON document.", "--json")
+
+
+@dataclass
+class TargetsResult:
+    """The cache that was made: rows are tokens of the store, `asked` of them stand in samples; tails are shares of mass."""
+
+    cache: str
+    rows: int
+    asked: int
+    top_k: int
+    mean_tail: float
+    most_tail: float
+    bytes: int
+    bytes_per_token: float
+    seconds: float
+
+    def blocks(self) -> list[Table | str]:
+        """Size, what the tails hold, how far the loss can be off, and how to train on it."""
+        rows = [("cache", self.cache), ("tokens", f"{self.asked:,} with {self.top_k} predictions each")]
+        rows += [("size", f"{size(self.bytes)}, {self.bytes_per_token:.0f} bytes a token")]
+        rows += [("time", f"{self.seconds:.0f} s, {self.asked / max(self.seconds, 1e-9):,.0f} tokens/s")]
+        rows += [("mass in the tails", f"{self.mean_tail:.3%} in the mean, {self.most_tail:.1%} at most")]
+        bound = (
+            "The gradient of a token's logits differs from the whole teacher's by at most twice its tail (L1), "
+            f"{2 * self.mean_tail:.2g} in the mean. The loss leaves out how student and teacher differ inside the tail."
+        )
+        return [Table(("", ""), rows), bound, f"Next: `radlads train --set data.teacher_cache=[{self.cache}]`"]
 
 
 @dataclass
@@ -87,8 +124,10 @@ class PrepareResult:
         return [Table(("", ""), rows), f"Next: `radlads train --set data.train=[{self.store}]`"]
 
 
-def prepare(options: PrepareOptions) -> PrepareResult:
-    """Tokenise sources, or sample text and tokenise it; R1xx, R2xx, R3xx or R4xx for what cannot be used."""
+def prepare(options: PrepareOptions) -> PrepareResult | TargetsResult:
+    """Tokenise sources, sample text and tokenise it, or keep predictions; R1xx to R4xx for what cannot be used."""
+    if options.teacher_cache is not None:
+        return _targets(options, options.teacher_cache)
     if bool(options.sources) == bool(options.sample_from):
         why = "give either files or --sample-from" if options.sources else "there is nothing to tokenise"
         raise fail("R101", where="radlads prepare", why=why, fix="Name text files, or a model with --sample-from")
@@ -110,6 +149,45 @@ def prepare(options: PrepareOptions) -> PrepareResult:
     with progress("tokenising") as report:
         store = prepare_store(sources, tokenizer, out, eos_id=tokenizer.eos_id, processes=processes, progress=report)
     return _result(store, store.path, None)
+
+
+def _targets(options: PrepareOptions, teacher: str) -> TargetsResult:
+    """Keep what a teacher predicts on one token store."""
+    from radlads.backends import choose_backend
+    from radlads.data.store import TokenStore, is_store
+    from radlads.demo import resolve
+    from radlads.folder import open_folder
+    from radlads.tokenizer import Tokenizer
+
+    if len(options.sources) != 1 or not is_store(resolve(options.sources[0])):
+        why = f"{', '.join(options.sources) or 'nothing'} is no single token store"
+        raise fail("R101", where="--teacher-cache", why=why, fix="Make one with `radlads prepare` first, and name it")
+    for flag, value in (("--seq-len", options.seq_len), ("--batch-size", options.batch_size or 1), ("--top-k", options.top_k)):
+        if value < 1:
+            raise fail("R101", where=flag, why=f"{value} is not above 0", fix="Give a number above 0")
+    if not 0 < options.temp < 1e6:
+        raise fail("R101", where="--temp", why=f"{options.temp} is no temperature", fix="Give a number above 0")
+    choose_backend("torch")
+    import torch
+
+    from radlads.backends.torch.targets import make_targets
+    from radlads.data.corpus import open_store
+
+    folder = open_folder(resolve(teacher))
+    store = open_store(resolve(options.sources[0]), Tokenizer(folder.path, vocab_size=folder.spec.V))
+    assert isinstance(store, TokenStore)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
+    began = time.perf_counter()
+    with progress("predicting") as report:
+        cache = make_targets(
+            folder, store, options.output_dir, k=options.top_k, seq_len=options.seq_len, packing=options.packing,
+            temperature=options.temp, batch_size=options.batch_size or 16, device=device, dtype=dtype, progress=report,
+        )  # fmt: skip
+    header, took = cache.header, time.perf_counter() - began
+    sizes = sum(shard["bytes"] for shard in header["shards"])
+    counts = cache.rows, header["asked"], cache.k
+    return TargetsResult(str(cache.path), *counts, header["mean_tail"], header["most_tail"], sizes, sizes / cache.rows, took)
 
 
 def _from_model(options: PrepareOptions) -> PrepareResult:

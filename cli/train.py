@@ -234,6 +234,14 @@ def open_inputs(recipe: "Recipe", options: TrainOptions) -> "Inputs":
         check_order(begun, recipe.stages[0])
     tokenizer = Tokenizer(teacher.path, vocab_size=teacher.spec.vocab_size)
     check_sources(recipe.data, tokenizer)
+    if recipe.data.teacher_cache:
+        from radlads.data.targets import TargetCache, check_targets
+        from radlads.states import model_fingerprint
+
+        for path in recipe.data.teacher_cache:
+            for stage in recipe.stages:
+                if stage.kind == "distill":
+                    check_targets(TargetCache(resolve(path)), stage, model_fingerprint(teacher))
     return Inputs(teacher, tokenizer, begun)
 
 

@@ -151,6 +151,7 @@ class Data(Part):
 
     `text_field` names the field of a row that holds its text or its messages (without it: text, messages or conversations),
     `eos` ends each document, `order` is the order of training samples: seeded, or that of the published training.
+    `teacher_cache` names what `radlads prepare --teacher-cache` made of each training store: step 2 then needs no teacher.
     """
 
     train: Sources
@@ -158,6 +159,7 @@ class Data(Part):
     text_field: str | None = None
     eos: bool = True
     order: Literal["shuffled", "magic_prime"] = "shuffled"
+    teacher_cache: tuple[str, ...] = ()
 
 
 class Eval(Part):

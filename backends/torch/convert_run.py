@@ -76,7 +76,8 @@ class RecipeRun:
         if world.device.type == "cpu":
             keep_freed_memory()
         torch.set_float32_matmul_precision("high")
-        self.teacher = None if teacher is None else self.frozen(teacher)
+        self.folder = teacher
+        self._teacher: Model | None = None
         self.train, self.valid = (self.corpus(part) for part in ("train", "valid"))
 
     def corpus(self, part: str) -> Corpus:
@@ -91,6 +92,13 @@ class RecipeRun:
         if not made:
             make()
         return made[0]
+
+    @property
+    def teacher(self) -> Model | None:
+        """The teacher, in memory from the first time it is asked for until a stage can do without it."""
+        if self._teacher is None and self.folder is not None:
+            self._teacher = self.frozen(self.folder)
+        return self._teacher
 
     @property
     def samples(self) -> torch.Tensor:
@@ -152,7 +160,10 @@ class RecipeRun:
         folder, world = self.run.stage_folder(stage.number), self.world
         if world.share(folder.exists()):
             return folder
-        teacher = self.teacher if stage.kind != "lm" else None
+        needed = stage.kind == "align" or (stage.kind == "distill" and not self.recipe.data.teacher_cache)
+        if not needed:
+            self._teacher = None
+        teacher = self.teacher if needed else None
         own_head = self.recipe.unties(stage) and source.spec.tie_embeddings
         task = build_task(stage, source, teacher, self.ways[stage.kind], world, self.recipe.precision, own_head)
         began = time.perf_counter()
@@ -162,7 +173,7 @@ class RecipeRun:
 
         def measure(step: int) -> None:
             """How good the model is in the middle of the stage, as records of their own."""
-            if world.size > 1 or self.teacher is None:
+            if world.size > 1 or self.folder is None:
                 return
             with torch.compiler.set_stance("force_eager"):  # other shapes are not worth their graphs
                 found = evaluate(task.student, self.samples, self.teacher)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.compiled import layers_compiled
-from radlads.backends.torch.losses import IGNORED, TeacherHead, distillation_loss
+from radlads.backends.torch.losses import IGNORED, TeacherHead, TopK, distillation_loss
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import MixContext, empty_state
 from radlads.backends.torch.vocabulary import is_split, vocabulary_loss
@@ -61,8 +61,13 @@ def weight(stage: Stage, sample: Tensor) -> int:
     return int(((sample[:, 1:] & SILENT) == 0).sum())
 
 
-def objective(stage: Stage, student: Model, teacher: Model | None, sample: Tensor) -> Objective:
-    """Loss of `stage` on samples (B, T + 1), a mean over the tokens that count; steps 1 and 2 need the teacher."""
+def objective(
+    stage: Stage, student: Model, teacher: Model | None, sample: Tensor, targets: TopK | None = None
+) -> Objective:
+    """Loss of `stage` on samples (B, T + 1), a mean over the tokens that count.
+
+    Step 1 needs the teacher, step 2 the teacher or what it predicts: `targets` of the same tokens, (B, T, K).
+    """
     tokens, labels, real, cu_seqlens = unpack(sample, stage.packing)
     if stage.kind == "align":
         assert teacher is not None
@@ -72,13 +77,16 @@ def objective(stage: Stage, student: Model, teacher: Model | None, sample: Tenso
     loss_of = vocabulary_loss if is_split(student.head) else distillation_loss
     if stage.kind == "lm":
         return Objective(loss_of(hidden, student.head, None, labels, kl_weight=0.0, ce_weight=1.0))
-    assert teacher is not None
-    with torch.no_grad():
-        teacher_hidden, _ = teacher.model(tokens, cu_seqlens=cu_seqlens)
+    wanted: TeacherHead | TopK | None = targets
+    if wanted is None:
+        assert teacher is not None
+        with torch.no_grad():
+            teacher_hidden, _ = teacher.model(tokens, cu_seqlens=cu_seqlens)
+        wanted = TeacherHead(teacher_hidden, teacher.head)
     loss = loss_of(
         hidden,
         student.head,
-        TeacherHead(teacher_hidden, teacher.head),
+        wanted,
         labels,
         divergence=stage.divergence,
         beta=stage.jsd_beta,

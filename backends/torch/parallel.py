@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from radlads.backends.torch.head import HEAD, untied
 from radlads.backends.torch.load import DTYPES, read_tensor
+from radlads.backends.torch.losses import TopK
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import objective
 from radlads.backends.torch.world import World
@@ -47,9 +48,9 @@ class Task(nn.Module):
         """The model that is trained."""
         return self.pair[0]
 
-    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The loss of sample (B, T + 1), and in step 1 the error of each layer."""
-        found = objective(self.stage, *self.pair, sample)
+    def forward(self, sample: Tensor, targets: TopK | None = None) -> tuple[Tensor, Tensor | None]:
+        """The loss of sample (B, T + 1), and in step 1 the error of each layer; `targets` stand for the teacher in step 2."""
+        found = objective(self.stage, *self.pair, sample, targets)
         return found.loss, found.layer_error
 
     def before_micro_batch(self, last: bool) -> None:

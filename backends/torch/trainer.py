@@ -17,12 +17,15 @@ from radlads.backends.torch.checkpoint import Checkpoints
 from radlads.backends.torch.compiled import compiled_layers
 from radlads.backends.torch.graphed import Graphed
 from radlads.backends.torch.load import DTYPES
+from radlads.backends.torch.losses import TopK
 from radlads.backends.torch.objectives import weight
 from radlads.backends.torch.optim import Optimizer, Update, trainable
 from radlads.backends.torch.parallel import Task, local_batch, local_of, recomputed, sharded
 from radlads.backends.torch.watchdog import Watchdog
 from radlads.backends.torch.world import World, leave_at_once
 from radlads.data.samples import Corpus
+from radlads.data.targets import Targets
+from radlads.demo import resolve
 from radlads.errors import fail
 from radlads.recipe import Parallel, Stage
 from radlads.runs import Run
@@ -55,6 +58,12 @@ class StageRun:
         self.count, micro = local_batch(stage, world, self.sequence)
         self.micro = min(micro, run.micro_batch(stage.number) or micro)
         self.drawn = corpus.samples(stage.seq_len, run.recipe.seed + stage.number, stage.packing)
+        self.targets: Targets | None = None
+        if stage.kind == "distill" and task.pair[1] is None:
+            if self.sequence > 1:
+                fix = "Leave out parallel.sequence.distill, or data.teacher_cache"
+                raise fail("R102", where="data.teacher_cache", why="it has whole sequences, not parts of them", fix=fix)
+            self.targets = Targets(self.drawn, [resolve(path) for path in run.recipe.data.teacher_cache], stage)
         self.chain: Any = None
         self.links: list[Any] = []
         if self.sequence > 1:
@@ -72,7 +81,7 @@ class StageRun:
         self.split_heads = how.vocab_heads and world.size > 1 and stage.kind != "align"
         self.checkpoints = Checkpoints(run.checkpoints, world)
         self.graphed: Graphed | None = None
-        if can_be_graphed(task, how, world):
+        if can_be_graphed(task, how, world) and self.targets is None:
             self.graphed = Graphed(self.forward_backward, list(self.parameters.values()))
 
     def samples(self, step: int) -> Tensor:
@@ -88,7 +97,14 @@ class StageRun:
             found = stretch(found, self.chain)
         return found.pin_memory() if self.world.device.type == "cuda" else found
 
-    def accumulate(self, samples: Tensor) -> Tensor:
+    def predicted(self, step: int) -> TopK | None:
+        """What the teacher predicts on this process's samples of step `step`, where that is kept; in the CPU's memory."""
+        if self.targets is None:
+            return None
+        first = step * self.stage.batch_size + self.world.rank * self.count
+        return TopK(*map(torch.from_numpy, self.targets.batch(first, self.count)))
+
+    def accumulate(self, samples: Tensor, targets: TopK | None = None) -> Tensor:
         """Forward and backward over `samples` in micro-batches: global mean loss and, in step 1, each layer's error (1 + L').
 
         On the device, and nobody waits for it: what must be counted is counted on the CPU.
@@ -101,12 +117,14 @@ class StageRun:
             share = weight(self.stage, part) / total
             if self.split_heads:  # the loss is that of all processes already
                 share = self.world.sum(weight(self.stage, part)) / (total * self.world.size)
-            found.append(self.micro_batch(part, share, index == 0))
+            rows = slice(index * self.micro, (index + 1) * self.micro)
+            some = None if targets is None else targets.part(rows, self.world.device)
+            found.append(self.micro_batch(part, share, index == 0, some))
         if self.chain is not None:
             self.chain.finish()
         return self.world.mean(torch.stack(found).sum(0))
 
-    def micro_batch(self, sample: Tensor, share: float, first: bool) -> Tensor:
+    def micro_batch(self, sample: Tensor, share: float, first: bool, targets: TopK | None = None) -> Tensor:
         """Forward and backward of one micro-batch with a `share` in the step: what `accumulate` returns, of this part."""
         if self.graphed is not None:
             try:
@@ -120,20 +138,20 @@ class StageRun:
                 self.run.log({"kind": "note", "stage": self.stage.number, "text": note})
                 self.graphed = None
                 self.forget_gradients()
-        return self.forward_backward(sample.to(self.world.device, non_blocking=True), share)
+        return self.forward_backward(sample.to(self.world.device, non_blocking=True), share, targets)
 
-    def forward_backward(self, sample: Tensor, share: Tensor | float) -> Tensor:
+    def forward_backward(self, sample: Tensor, share: Tensor | float, targets: TopK | None = None) -> Tensor:
         """Gradients of one micro-batch times its share, and its loss and errors times it."""
-        loss, layer_error = self.task(sample)
+        loss, layer_error = self.task(sample, targets)
         (loss * share).backward()
         found = loss.detach().float()[None]
         return (found if layer_error is None else torch.cat([found, layer_error.float()])) * share
 
-    def gradients(self, samples: Tensor) -> Tensor:
+    def gradients(self, samples: Tensor, targets: TopK | None = None) -> Tensor:
         """`accumulate`, with half the micro-batch as often as memory runs out."""
         while True:
             try:
-                return self.accumulate(samples)
+                return self.accumulate(samples, targets)
             except torch.OutOfMemoryError as error:
                 self.halve(error)
 
@@ -259,7 +277,7 @@ def steps(
             parts.save(step)
             parts.checkpoints.finish()
             return False
-        found = parts.gradients(parts.samples(step))
+        found = parts.gradients(parts.samples(step), parts.predicted(step))
         log.add(step, found, parts.update(step))
         done = step + 1
         if stage.measure_every and done % stage.measure_every == 0 and done < stage.steps:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from radlads.backends.torch.losses import TeacherHead, distillation_loss
+from radlads.backends.torch.losses import TeacherHead, TopK, distillation_loss
 
 
 class GatherTokens(torch.autograd.Function):
@@ -44,14 +44,17 @@ def is_split(head: Tensor) -> bool:
     return hasattr(head, "placements")
 
 
-def vocabulary_loss(hidden: Tensor, head: Any, teacher: TeacherHead | None, labels: Tensor, **options: Any) -> Tensor:
+def vocabulary_loss(hidden: Tensor, head: Any, teacher: TeacherHead | TopK | None, labels: Tensor, **options: Any) -> Tensor:
     """distillation_loss over the tokens of all processes, the same value in each; `head` (V, D) is split.
 
     A teacher's whole head is used by the rows that this process has of the student's.
     """
     group = head.device_mesh.get_group()
     local = head.to_local()
-    if teacher is not None:
+    if isinstance(teacher, TopK):
+        ids, log_p = (gathered(values.flatten(0, -2), group) for values in (teacher.ids, teacher.log_p))
+        teacher = TopK(ids, log_p, gathered(teacher.log_tail.flatten(), group))
+    elif teacher is not None:
         stretch = -(-head.shape[0] // head.device_mesh.size())
         first = min(head.shape[0], dist.get_rank(group) * stretch)
         other: Any = teacher.head

@@ -74,11 +74,13 @@ class Samples:
         self.stretches = [stretches(store, seq_len) for store in self.parts] if packing == "document" else []
         self.starts = [store.document_starts() for store in self.parts] if packing == "reset" else []
         self.orders: list[Order] = []
+        self.counts: list[int] = []
         for number, store in enumerate(self.parts):
             count = len(self.stretches[number][0]) if self.stretches else (len(store) - 1) // seq_len
             if count < 1:
                 why = f"{len(store)} tokens are fewer than one sample of {seq_len} + 1"
                 raise fail("R302", where=store.path, why=why, fix="Add text or lower seq_len")
+            self.counts.append(count)
             part_seed = seed + (number << 32)
             self.orders.append(MagicPrime(count) if corpus.order == "magic_prime" else Shuffled(count, part_seed))
 
@@ -93,13 +95,24 @@ class Samples:
     def sample(self, index: int) -> Ints:
         """The sample at one position of the run, shape (seq_len + 1,)."""
         number, position = self.mixture.find(index)
-        store, place = self.parts[number], self.orders[number].place(position)
-        length = self.seq_len + 1
+        return self.at(number, self.orders[number].place(position))
+
+    def span(self, index: int) -> tuple[int, int, int]:
+        """Where the sample at one position of the run comes from: part, and first and last-but-one token of its store."""
+        number, position = self.mixture.find(index)
+        return number, *self.place(number, self.orders[number].place(position))
+
+    def place(self, number: int, place: int) -> tuple[int, int]:
+        """First and last-but-one token of sample `place` of part `number`; samples are numbered along the store."""
         if not self.stretches:
-            start = place * self.seq_len
-            end = start + length
-        else:
-            start, end = (int(table[place]) for table in self.stretches[number])
+            return place * self.seq_len, (place + 1) * self.seq_len + 1
+        start, end = (int(table[place]) for table in self.stretches[number])
+        return start, end
+
+    def at(self, number: int, place: int) -> Ints:
+        """Sample `place` of part `number`, shape (seq_len + 1,)."""
+        store, length = self.parts[number], self.seq_len + 1
+        start, end = self.place(number, place)
         tokens, counted = store.read(start, end)
         found = np.full(length, PAD | SILENT, np.int64)
         found[: end - start] = tokens

@@ -87,8 +87,8 @@ def poisoned(step: int, *arguments: str) -> int:
     """A run in which the gradient of one step is NaN in one process."""
     accumulate = StageRun.accumulate
 
-    def spoiled(parts: StageRun, given: Any) -> Any:
-        found = accumulate(parts, given)
+    def spoiled(parts: StageRun, *given: Any) -> Any:
+        found = accumulate(parts, *given)
         parts.seen = getattr(parts, "seen", 0) + 1  # type: ignore[attr-defined]
         if parts.world.rank == 1 and parts.seen == step:  # type: ignore[attr-defined]
             for parameter in parts.parameters.values():

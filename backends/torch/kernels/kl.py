@@ -36,6 +36,10 @@ class TopK:
     log_p: Tensor
     log_tail: Tensor
 
+    def part(self, rows: slice, device: torch.device) -> "TopK":
+        """Some rows of the first dimension, on a device."""
+        return TopK(*(x[rows].to(device, non_blocking=True) for x in (self.ids, self.log_p, self.log_tail)))
+
 
 @dataclass(frozen=True)
 class RowLoss:
