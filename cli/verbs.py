@@ -55,11 +55,12 @@ VERBS = (
         "radlads.cli.prepare",
         "PrepareOptions",
         "prepare",
-        "Turn texts, conversations and datasets into tokens for training, or sample the text from a model.",
+        "Turn texts and datasets into tokens for training, sample text from a model, or keep what a teacher predicts.",
         (
             "radlads prepare books.txt.xz chats.jsonl --tokenizer Qwen3-0.6B --output-dir data/books",
             "radlads prepare hf:HuggingFaceFW/fineweb --streaming --take 100000 --tokenizer Qwen3-0.6B --output-dir data/web",
             "radlads prepare --sample-from Qwen3-0.6B --tokens 1000000 --output-dir data/sampled",
+            "radlads prepare data/books --teacher-cache Qwen3-0.6B --top-k 64 --seq-len 512 --output-dir data/books-targets",
         ),
         aliases=("tokenize", "preprocess"),
     ),

@@ -262,7 +262,7 @@ def memory_of(
     width = 2 if precision == "bfloat16" else 4
     parts = sizes(student)
     learned, align = trained(stage, student, parts), stage.kind == "align"
-    sequence = how.sharing(stage.kind)
+    sequence, shards = how.sharing(stage.kind), max(1, gpus // how.copies)
     tokens = micro * stage.seq_len / sequence
     accumulating = stage.batch_size * sequence // gpus > micro
     unit = parts.largest_unit
@@ -275,12 +275,12 @@ def memory_of(
         gradients, updating = float(learned * width), learned * 4.0 if width == 2 and how.moments != "float32" else 0.0
     else:
         held = (parts.mixers if align else parts.total) * width if how.layout == "optimizer" else (root + 2 * unit) * width
-        optimizer = (4 + moments) * (parts.mixers if align else parts.total) / gpus
+        optimizer = (4 + moments) * (parts.mixers if align else parts.total) / shards
         # Units are reduced in float32 as they come; what is being reduced is whole for a moment.
         passing = float((4 + width) * (max(root, 2 * unit) if not align else 2 * unit))
         if how.layout == "optimizer" and accumulating:
             passing = 4.0 * learned
-        gradients, updating = 4 * learned / gpus + passing, 0.0
+        gradients, updating = 4 * learned / shards + passing, 0.0
         if how.vocab_heads and not align:
             saved = student.V * student.D * (1 - 1 / gpus)
             held, gradients = held - saved * width, gradients - saved * (4 + width)
@@ -288,7 +288,7 @@ def memory_of(
     if teacher is not None and stage.kind != "lm":
         t = sizes(teacher)
         inside = t.kept + t.mixers + t.feed_forward
-        share = {"whole": inside, "sharded": inside / gpus + 2 * t.largest_unit, "offloaded": 2 * t.largest_unit}[how.teacher]
+        share = {"whole": inside, "sharded": inside / shards + 2 * t.largest_unit, "offloaded": 2 * t.largest_unit}[how.teacher]
         frozen = (share + t.root) * width
     recompute = how.recompute == "always" and not align
     alive = tokens * activation_bytes(student, mixers_only=align, recompute=recompute, width=width)
@@ -346,7 +346,7 @@ def time_stage(
     compute = tokens * (per_token + again) / rate
     learned = trained(stage, student, parts)
     whole = parts.mixers if align else parts.total
-    optimizer = learned / gpus * (22 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
+    optimizer = learned / max(1, gpus // how.copies) * (22 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
     communication = 0.0
     if gpus > 1:
         sequence = how.sharing(stage.kind)

@@ -176,6 +176,7 @@ class Parallel(Part):
 
     `layout` of the student: "optimizer" gathers weights once a step and shards masters and moments (ZeRO-2), "full" shards
     weights too and gathers them unit by unit. `teacher`: "whole" on each GPU, "sharded", or "offloaded" to the CPU's memory.
+    `copies`: what is sharded is so within each of this many groups of neighbours (2 on two hosts keeps gathers inside a host).
     `vocab_heads` splits the output matrices by vocabulary. `sequence` is how many processes share one sequence, by kind of
     stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in. `masters`
     "none": bfloat16 weights have no float32 masters and are rounded up or down by chance (one process, float32 moments).
@@ -186,6 +187,7 @@ class Parallel(Part):
 
     layout: Literal["auto", "optimizer", "full"] = "auto"
     teacher: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
+    copies: Count = 1
     vocab_heads: bool = False
     sequence: dict[Literal["distill", "lm"], Count] = Field(default_factory=dict)
     recompute: Literal["auto", "always", "never"] = "auto"
@@ -199,6 +201,8 @@ class Parallel(Part):
     def _masters_fit(self) -> "Parallel":
         if self.masters == "none" and self.moments != "float32":
             raise ValueError(f"masters none goes with float32 moments, not with {self.moments}")
+        if self.copies > 1 and self.vocab_heads:
+            raise ValueError("vocab_heads splits the heads over all processes, so there can be no copies")
         return self
 
     def sharing(self, kind: str) -> int:

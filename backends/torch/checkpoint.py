@@ -100,11 +100,12 @@ class Checkpoints:
 
     def sharded(self, local: Tensor, shape: tuple[int, ...]) -> Any:
         """The DTensor of which `local`, in the CPU's memory, holds this process's rows."""
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
         stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        placements = [Shard(0)] if self.world.copies == 1 else [Replicate(), Shard(0)]
         return DTensor.from_local(
-            local, self.world.host_mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+            local, self.world.host_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
 
     def finish(self) -> None:

@@ -162,6 +162,7 @@ def build_task(
     With `own_head` a tied student gets a head of its own that begins as its embedding.
     """
     recomputes = how.recompute == "always" and stage.kind != "align"
+    world.keep_copies(how.copies)
     if world.size == 1:
         if stage.kind == "align" and not isinstance(student, Model):
             # The rest of the student waits where there is room.
@@ -217,6 +218,7 @@ def load_frozen(folder: ModelFolder, how: Parallel, world: World, precision: str
         return load_on(folder, world, precision)
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+    world.keep_copies(how.copies)
     on_gpu = world.device.type == "cuda"
     offloaded = how.teacher == "offloaded"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if offloaded else OffloadPolicy()
@@ -304,6 +306,6 @@ def local_of(tensor: Any) -> Tensor:
 
 
 def rows_of(rows: int, world: World) -> slice:
-    """The rows that a tensor sharded over `world` has here: equal stretches, the last ones shorter or empty."""
-    stretch = -(-rows // world.size)
-    return slice(min(rows, world.rank * stretch), min(rows, (world.rank + 1) * stretch))
+    """The rows that a tensor sharded over (a copy of) `world` has here: equal stretches, the last ones shorter or empty."""
+    stretch, rank = -(-rows // world.shards), world.rank % world.shards
+    return slice(min(rows, rank * stretch), min(rows, (rank + 1) * stretch))

@@ -53,6 +53,7 @@ class StageRun:
         if how.masters == "none" and world.size > 1:
             fix = "Leave it out: masters are spread over the processes"
             raise fail("R102", where="parallel.masters", why=f"{world.size} processes keep float32 weights anyway", fix=fix)
+        world.keep_copies(how.copies)
         self.stage, self.task, self.run, self.world = stage, task, run, world
         self.sequence = how.sharing(stage.kind) if world.size > 1 else 1
         self.count, micro = local_batch(stage, world, self.sequence)
@@ -76,7 +77,7 @@ class StageRun:
         self.parameters = trainable(task.student, stage.train)
         # The optimiser sees plain tensors: the shards of this process, in the memory that FSDP gathers from.
         self.shards = {name: nn.Parameter(local_of(p)) if sharded(p) else p for name, p in self.parameters.items()}
-        gather = self.gather if world.size > 1 else None
+        gather = world.sum_of_shards if world.size > 1 else None
         self.optimizer = Optimizer(self.shards, stage, how.moments, how.masters, gather)
         self.split_heads = how.vocab_heads and world.size > 1 and stage.kind != "align"
         self.checkpoints = Checkpoints(run.checkpoints, world)
@@ -179,13 +180,6 @@ class StageRun:
             self.graphed = Graphed(self.forward_backward, list(self.parameters.values()))
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def gather(self, square: Tensor) -> Tensor:
-        """The sum over all processes."""
-        import torch.distributed as dist
-
-        dist.all_reduce(square)
-        return square
 
     def update(self, step: int) -> Update:
         """The optimiser's step from the gradients there are."""

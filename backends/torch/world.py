@@ -38,6 +38,22 @@ class World:
         self._saving: Any = None
         self._leaving = threading.Event()
         self._meshes: dict[str, Any] = {}
+        # Copies of the weights, each sharded over neighbours.
+        self.copies = 1
+
+    def keep_copies(self, copies: int) -> None:
+        """Shard within groups of size / copies neighbours, each of which has all weights. R102 where that is no whole number."""
+        if self.size > 1 and copies != self.copies:
+            if self.size % copies:
+                why = f"{self.size} processes do not make {copies} equal groups"
+                raise fail("R102", where="parallel.copies", why=why, fix="Use a divisor of the number of processes")
+            self.copies = copies
+            self._meshes.clear()
+
+    @property
+    def shards(self) -> int:
+        """Processes over which a tensor is sharded."""
+        return self.size // self.copies
 
     @property
     def first(self) -> bool:
@@ -46,7 +62,7 @@ class World:
 
     @property
     def mesh(self) -> Any:
-        """All processes as a one-dimensional DeviceMesh; FSDP shards over it."""
+        """All processes as a DeviceMesh, over which FSDP shards: (shards,), or (copies, shards) where there are copies."""
         return self.mesh_of(self.device.type)
 
     @property
@@ -59,7 +75,8 @@ class World:
         if kind not in self._meshes:
             from torch.distributed.device_mesh import init_device_mesh
 
-            self._meshes[kind] = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
+            shape, names = ((self.size,), ("shard",)) if self.copies == 1 else ((self.copies, self.shards), ("copy", "shard"))
+            self._meshes[kind] = init_device_mesh(kind, shape, mesh_dim_names=names)
         return self._meshes[kind]
 
     @property
@@ -175,6 +192,13 @@ class World:
         counts = torch.tensor([count])
         dist.all_reduce(counts, group=self._control)
         return int(counts)
+
+    def sum_of_shards(self, value: Tensor) -> Tensor:
+        """Sum over the processes that hold shards of one copy, in place."""
+        import torch.distributed as dist
+
+        dist.all_reduce(value, group=None if self.copies == 1 else self.mesh.get_group("shard"))
+        return value
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes of a tensor, in place."""

@@ -45,6 +45,8 @@ SPREAD: dict[str, tuple[str, int, dict[str, Any]]] = {
     "step 2, all sharded, teacher offloaded, recomputing": (
         "distill", 4, {"layout": "full", "teacher": "offloaded", "recompute": "always"}),
     "step 2, compiled in parts, recomputing": ("distill", 2, {"recompute": "always", "compile": "auto"}),
+    "step 2, two copies of two shards": (
+        "distill", 4, {"copies": 2, "layout": "full", "teacher": "sharded"}),
     "step 2, heads split": ("distill", 4, {"vocab_heads": True}),
     "step 2, sequences split": ("distill", 4, {"sequence": {"distill": 2}}),
     "step 3, sequences split, weights sharded": ("lm", 2, {"sequence": {"lm": 2}, "layout": "full"}),
