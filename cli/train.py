@@ -238,10 +238,10 @@ def open_inputs(recipe: "Recipe", options: TrainOptions) -> "Inputs":
         from radlads.data.targets import TargetCache, check_targets
         from radlads.states import model_fingerprint
 
-        for path in recipe.data.teacher_cache:
-            for stage in recipe.stages:
-                if stage.kind == "distill":
-                    check_targets(TargetCache(resolve(path)), stage, model_fingerprint(teacher))
+        made_by, caches = model_fingerprint(teacher), [TargetCache(resolve(name)) for name in recipe.data.teacher_cache]
+        for stage in recipe.stages:
+            for cache in caches if stage.kind == "distill" else ():
+                check_targets(cache, stage, made_by)
     return Inputs(teacher, tokenizer, begun)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.compiled import layers_compiled
-from radlads.backends.torch.losses import IGNORED, TeacherHead, TopK, distillation_loss
+from radlads.backends.torch.kernels.kl import TopK
+from radlads.backends.torch.losses import IGNORED, TeacherHead, distillation_loss
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import MixContext, empty_state
 from radlads.backends.torch.vocabulary import is_split, vocabulary_loss

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from radlads.backends.torch.head import HEAD, untied
+from radlads.backends.torch.kernels.kl import TopK
 from radlads.backends.torch.load import DTYPES, read_tensor
-from radlads.backends.torch.losses import TopK
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import objective
 from radlads.backends.torch.world import World

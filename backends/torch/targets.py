@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def make_targets(
     if not 1 <= k < teacher.spec.V:
         raise fail("R101", where="--top-k", why=f"{k} of {teacher.spec.V} tokens", fix="Give a smaller number, above 0")
     samples = Corpus.of(store).samples(seq_len, 0, packing)
-    about = {"k": k, "seq_len": seq_len, "packing": packing, "temperature": float(temperature)}
+    about: dict[str, Any] = {"k": k, "seq_len": seq_len, "packing": packing, "temperature": float(temperature)}
     about |= {"teacher": model_fingerprint(teacher), "dtype": dtype or "stored"}
     starts = np.array([samples.place(0, place)[0] for place in range(samples.counts[0])])
     model: list[Model] = []
@@ -66,9 +67,10 @@ def fill(found: Rows, start: int, rows: Rows, samples: Samples, places: range) -
         begin, end = samples.place(0, place)
         # The last token of a sample is only a label.
         low, high = max(begin, start), min(end - 1, start + len(found.ids))
-        for values, given in zip(found, rows, strict=True):
-            if low < high:
-                values[low - start : high - start] = given[number, low - begin : high - begin]
+        if low < high:
+            here, there = slice(low - start, high - start), slice(low - begin, high - begin)
+            found.ids[here], found.log_p[here] = rows.ids[number, there], rows.log_p[number, there]
+            found.log_tail[here] = rows.log_tail[number, there]
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from radlads.backends.torch.checkpoint import Checkpoints
 from radlads.backends.torch.compiled import compiled_layers
 from radlads.backends.torch.graphed import Graphed
+from radlads.backends.torch.kernels.kl import TopK
 from radlads.backends.torch.load import DTYPES
-from radlads.backends.torch.losses import TopK
 from radlads.backends.torch.objectives import weight
 from radlads.backends.torch.optim import Optimizer, Update, trainable
 from radlads.backends.torch.parallel import Task, local_batch, local_of, recomputed, sharded

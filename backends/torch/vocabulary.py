@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from radlads.backends.torch.losses import TeacherHead, TopK, distillation_loss
+from radlads.backends.torch.kernels.kl import TopK
+from radlads.backends.torch.losses import TeacherHead, distillation_loss
 
 
 class GatherTokens(torch.autograd.Function):

@@ -43,7 +43,8 @@ class Rows(NamedTuple):
 
 def nothing(count: int, k: int) -> Rows:
     """Rows of tokens that no sample asks about: all mass is elsewhere."""
-    return Rows(np.zeros((count, k), np.int64), np.full((count, k), -np.inf, np.float32), np.zeros(count, np.float32))
+    log_p: Floats = np.full((count, k), -np.inf, np.float32)
+    return Rows(np.zeros((count, k), np.int64), log_p, np.zeros(count, np.float32))
 
 
 def code_of(logs: Floats) -> npt.NDArray[np.uint16]:
@@ -75,11 +76,12 @@ class TargetCache:
             part = slice(max(start - number * size, 0), min(end - number * size, shard["rows"]))
             ids.append(columns[0][part].astype(np.int64))
             logs.append(np.concatenate([columns[1][part], columns[2][part, None]], 1).astype(np.float32) / -SCALE)
-        found, known = np.concatenate(ids), np.concatenate(logs)
+        found, known = np.concatenate(ids), np.concatenate(logs).astype(np.float64)
         if len(found) and found.max() >= self.header["vocab_size"]:
             raise damaged(self.path, f"it holds token {found.max()}, the vocabulary has {self.header['vocab_size']}")
         known -= np.log(np.exp(known).sum(1, keepdims=True))
-        return Rows(found, known[:, :-1], known[:, -1])
+        rounded: Floats = known.astype(np.float32)
+        return Rows(found, rounded[:, :-1], rounded[:, -1])
 
 
 @lru_cache(maxsize=OPEN_SHARDS)
@@ -235,4 +237,5 @@ class Targets:
         part, start, end = self.samples.span(index)
         rows = self.caches[part].read(start, end - 1)
         padding = nothing(self.samples.seq_len - len(rows.ids), self.caches[part].k)
-        return Rows(*(np.concatenate(pair) for pair in zip(rows, padding, strict=True)))
+        ids, log_p = np.concatenate([rows.ids, padding.ids]), np.concatenate([rows.log_p, padding.log_p])
+        return Rows(ids, log_p, np.concatenate([rows.log_tail, padding.log_tail]))
