@@ -19,7 +19,7 @@ from radlads.backends.torch.engine import TorchEngine, TorchState
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
 from radlads.backends.torch.head import retied
 from radlads.backends.torch.load import new_model, stored_tensors
-from radlads.backends.torch.memory import keep_freed_memory, peak_gpu_bytes
+from radlads.backends.torch.memory import forget_models, keep_freed_memory, peak_gpu_bytes
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.parallel import build_task, load_frozen, sharded
 from radlads.backends.torch.trainer import Progress, run_stage
@@ -110,6 +110,7 @@ class RecipeRun:
 
     def frozen(self, folder: ModelFolder) -> Model:
         """The model of a folder, to run forward only."""
+        forget_models()
         return load_frozen(folder, next(iter(self.ways.values())), self.world, self.recipe.precision)
 
     def measured(self, model: ModelFolder | Model, stage: int | str) -> dict[str, Any]:
@@ -165,6 +166,7 @@ class RecipeRun:
             self._teacher = None
         teacher = self.teacher if needed else None
         own_head = self.recipe.unties(stage) and source.spec.tie_embeddings
+        forget_models()
         task = build_task(stage, source, teacher, self.ways[stage.kind], world, self.recipe.precision, own_head)
         began = time.perf_counter()
         if world.device.type == "cuda":

@@ -4,6 +4,7 @@ On Linux the C library hands every large block back and faults it in again, page
 """
 
 import ctypes
+import gc
 import sys
 
 import torch
@@ -21,6 +22,13 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 64 << 20)
+
+
+def forget_models() -> None:
+    """Free the memory of models that nothing refers to any more; FSDP's parts refer to one another, and outlive their names."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_gpu_bytes() -> int:
