@@ -4,9 +4,10 @@ Standard library and spec only. Operations are model FLOPs: two per multiply-add
 as `Mixer.scan_flops` counts it; nothing that is computed twice counts twice, but it takes time. docs/plan.md has the terms.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache
+from itertools import product as combinations
 from typing import Any
 
 from radlads.mixers import MIXERS
@@ -155,6 +156,7 @@ class Sizes:
         return self.mixers + self.kept + self.feed_forward + self.root
 
 
+@cache
 def sizes(spec: ModelSpec) -> Sizes:
     """Parameters of a model by part."""
     mixers = kept = forward = root = 0
@@ -175,6 +177,7 @@ def sizes(spec: ModelSpec) -> Sizes:
     return Sizes(mixers, kept, forward, root, max(units.values()))
 
 
+@cache
 def matrix_flops(spec: ModelSpec, *, mixers: bool = True, rest: bool = True, head: bool = True, inner: bool = False) -> float:
     """Forward FLOPs a token of the matrices of the recurrent mixers and of the `rest`; `inner` only those that do not read x.
 
@@ -409,14 +412,13 @@ def fit(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int
 
     Each is (flags of the command line, the plan with them).
     """
-    found: list[tuple[str, Plan]] = []
-    tried = recipe
-    for change in ladder(gpus, student):
-        tried = change(tried)
-        plan = plan_run(tried, teacher, student, gpus, gpu)
-        if plan.fits:
-            found.append((flags(recipe, tried), plan))
-            break
+    plans = [(flags(recipe, tried), plan_run(tried, teacher, student, gpus, gpu)) for tried in (
+        smaller(one, teacher, student, gpus, gpu) for one in savings(recipe, gpus, student))]  # fmt: skip
+    fitting = [(settings, plan) for settings, plan in plans if plan.fits]
+    fastest = min((plan.hours for _, plan in fitting), default=0.0)
+    # Of those that are as good as the fastest, the one that changes least.
+    good = [(settings, plan) for settings, plan in fitting if plan.hours <= 1.02 * fastest]
+    found = sorted(good, key=lambda one: (one[0].count("--set"), one[1].hours))[:1]
     for more in (gpus * 2, gpus * 4, gpus * 8):
         if all(stage.batch_size % more == 0 for stage in recipe.stages):
             plan = plan_run(recipe, teacher, student, more, gpu)
@@ -426,22 +428,25 @@ def fit(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int
     return found
 
 
-def ladder(gpus: int, student: ModelSpec) -> list[Callable[[Recipe], Recipe]]:
-    """Changes that save memory, one after the other, those that cost least time first."""
-    changes = [partial(smaller, size=size) for size in (8, 4, 2, 1)]
-    if gpus > 1 and not student.tie_embeddings:
-        changes.append(partial(spread_so, vocab_heads=True))
-    changes += [partial(spread_so, moments=kind) for kind in ("bfloat16", "int8")]
-    return [*changes, partial(spread_so, teacher="offloaded")]
+def savings(recipe: Recipe, gpus: int, student: ModelSpec) -> Iterator[Recipe]:
+    """The recipe with every combination of the settings that save memory in all stages."""
+    heads = (False, True) if gpus > 1 and not student.tie_embeddings else (recipe.parallel.vocab_heads,)
+    teachers = dict.fromkeys((recipe.parallel.teacher, "offloaded"))
+    for split, moments, held in combinations(heads, MOMENT_BYTES, teachers):
+        yield spread_so(recipe, vocab_heads=split, moments=moments, teacher=held)
 
 
-def smaller(recipe: Recipe, size: int) -> Recipe:
-    """The recipe with micro-batches of at most `size`, where that divides the batch."""
-    stages = tuple(
-        stage.model_copy(update={"micro_batch": size}) if stage.micro_batch > size and stage.batch_size % size == 0 else stage
-        for stage in recipe.stages
-    )
-    return recipe.model_copy(update={"stages": stages})
+def smaller(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu) -> Recipe:
+    """The recipe with the largest micro-batch of each stage that fits and is about as fast as any that does."""
+    stages = []
+    for stage in recipe.stages:
+        sizes = [n for n in (stage.micro_batch, 8, 4, 2, 1) if n <= stage.micro_batch and stage.batch_size % n == 0]
+        tried = [stage.model_copy(update={"micro_batch": size}) for size in sizes]
+        plans = [plan_stage(one, teacher, student, recipe.parallel, gpus, gpu, recipe.precision) for one in tried]
+        fastest = min((plan.seconds for plan in plans if plan.fits), default=0.0)
+        good = (one for one, plan in zip(tried, plans, strict=True) if plan.fits and plan.seconds <= 1.02 * fastest)
+        stages.append(next(good, stage))
+    return recipe.model_copy(update={"stages": tuple(stages)})
 
 
 def spread_so(recipe: Recipe, **values: object) -> Recipe:

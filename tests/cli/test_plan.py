@@ -95,6 +95,17 @@ def test_fit_names_changes_that_fit() -> None:
         assert plan_run(tried, teacher, student, found.gpus, GPUS["h200"]).gpu_hours == found.gpu_hours
 
 
+def test_fit_takes_the_largest_micro_batch_that_is_as_fast() -> None:
+    teacher = SHAPES["qwen2.5-7b"]
+    student, gpu = teacher.as_student("rwkv7"), GPUS["h100"]
+    flags, found = fit(recipe(), teacher, student, 2, gpu)[0]
+    own = dict(word.removeprefix("parallel.").split("=") for word in flags.split() if "parallel." in word)
+    micro = found.stages[1].micro_batch
+    assert micro < 12 and f"stages.1.micro_batch={micro}" in flags and found.fits
+    larger = plan_run(recipe(2 * micro, **own), teacher, student, 2, gpu).stages[1]
+    assert not larger.fits or larger.seconds > 1.02 * found.stages[1].seconds
+
+
 def test_names_of_drivers_and_teachers() -> None:
     assert gpu_called("NVIDIA H100 80GB HBM3") is GPUS["h100"] and gpu_called("NVIDIA A100-SXM4-80GB") is GPUS["a100"]
     assert gpu_called("Apple M3") is None
