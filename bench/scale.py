@@ -385,7 +385,7 @@ class Bench:
     def timed_jobs(self, n: int) -> list[Job]:
         """bf16 at the same micro-batch on each GPU; step 2 with as many layers as one GPU holds with its optimiser."""
         jobs = [self.job("scale", kind, layers=self.given.layers if kind == "distill" else None, communication=True)
-                for kind in ("align", "distill")]
+                for kind in ("distill", "align")]
         jobs = [{**job, "batch": job["micro"] * n} for job in jobs]
         long = self.job("sequence", "lm", shape="qwen2.5-1.5b", steps=8, parallel={"recompute": "always"}, communication=True)
         return [*jobs, long]
@@ -463,6 +463,8 @@ class Bench:
         exact = self.exact_jobs() if "equal" in checks else []
         wanted = [check for check in ("scale", "sequence") if check in checks]
         timed = {n: [job for job in self.timed_jobs(n) if job["check"] in wanted] for n in (1, N)}
+        if self.given.skip_one:
+            timed[1] = []
         # Long sequences after the exact runs: both lists then take about as long.
         short = [job for job in timed[1] if job["kind"] != "lm"]
         long = [job for job in timed[1] if job["kind"] == "lm"]
@@ -479,7 +481,8 @@ class Bench:
         at_once(pairs, *(kills if "kill" in checks else ()))
         together = measure(self.split(timed[N]), N)
         self.add(*together)
-        self.speed(alone, together)
+        if alone:
+            self.speed(alone, together)
         if "whole" in checks:
             self.add(*self.whole())
 
@@ -534,6 +537,7 @@ def main() -> None:
     args.add_argument("--shape", default="qwen2.5-7b")
     args.add_argument("--arch", default="rwkv7")
     args.add_argument("--layers", type=int, default=8, help="of the step 2 that one GPU is timed with")
+    args.add_argument("--skip-one", action="store_true", help="do not time one GPU")
     args.add_argument("--cpu", action="store_true")
     args.add_argument("--set", action="append", default=[], help="of the whole model: micro=3, or a value of `parallel`")
     args.add_argument("--out", help="file to add results to, a line each")

@@ -6,11 +6,14 @@ How weights and work are spread over them stands in `parallel`. A run of one pro
 import atexit
 import os
 import select
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from pickle import dumps, loads
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +40,7 @@ class World:
         self._control: Any = None
         self._saving: Any = None
         self._leaving = threading.Event()
+        self._outside: subprocess.Popen[bytes] | None = None
         self._meshes: dict[str, Any] = {}
         # Copies of the weights, each sharded over neighbours.
         self.copies = 1
@@ -111,20 +115,35 @@ class World:
         store.set(f"beat-{self.rank}", "0")
         store.set(f"process-{self.rank}", f"{machine()} {os.getpid()}")
         self.barrier()  # reading a key that is not there yet would wait for it
-        self._leaving.set()
+        self.stop_looking_out()
         self._leaving = threading.Event()
-        threading.Thread(target=self.watch, args=(store, self._leaving, gone), name="lookout", daemon=True).start()
+        neighbours = self.neighbours(store)
+        self._outside = self.outside(neighbours)
+        arguments = (store, self._leaving, gone, neighbours)
+        threading.Thread(target=self.watch, args=arguments, name="lookout", daemon=True).start()
 
-    def watch(self, store: Any, leaving: threading.Event, gone: float) -> None:
+    def stop_looking_out(self) -> None:
+        """The others may end from now on."""
+        self._leaving.set()
+        if self._outside is not None:
+            self._outside.kill()
+            self._outside.wait()
+            self._outside = None
+
+    def watch(self, store: Any, leaving: threading.Event, gone: float, neighbours: dict[int, int]) -> None:
         """Give a sign of life every now and then, and end this process when another one is gone or has given none for too long.
 
         Of a process on the same machine the kernel says at once that it is gone, before a launcher ends those that are left.
         """
         heard: dict[int, tuple[bytes, float]] = {}
-        count, neighbours = 0, self.neighbours(store)
+        handles: dict[int, int] = {}
+        for rank, pid in neighbours.items():
+            with suppress(OSError):  # gone already: its signs of life tell
+                handles[rank] = os.pidfd_open(pid)
+        count = 0
         while not leaving.wait(BEAT):
             count += 1
-            for rank in (rank for rank, handle in neighbours.items() if has_ended(handle)):
+            for rank in (rank for rank, handle in handles.items() if has_ended(handle)):
                 # A moment for this process to see it by itself, and to say it better.
                 if not leaving.wait(BEAT * 3):
                     self.end(leaving, f"rank {rank} is gone")
@@ -140,26 +159,34 @@ class World:
                 # The store is rank 0's.
                 if not leaving.wait(BEAT * 5):
                     self.end(leaving, "rank 0 is gone")
-        for handle in neighbours.values():
+        for handle in handles.values():
             os.close(handle)
 
     def neighbours(self, store: Any) -> dict[int, int]:
-        """Handles of the other processes on this machine, by rank; none where the kernel has no such handles."""
-        found: dict[int, int] = {}
-        for rank in range(self.size):
-            where, _, pid = store.get(f"process-{rank}").decode().rpartition(" ")
-            if sys.platform == "linux" and hasattr(os, "pidfd_open") and rank != self.rank and where == machine():
-                try:
-                    found[rank] = os.pidfd_open(int(pid))
-                except OSError:  # gone already, or forbidden: its signs of life tell
-                    continue
-        return found
+        """Process ids of the others on this machine, by rank; none where the kernel cannot be asked about them."""
+        if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+            return {}
+        places = (store.get(f"process-{rank}").decode().rpartition(" ") for rank in range(self.size))
+        return {rank: int(pid) for rank, (where, _, pid) in enumerate(places) if rank != self.rank and where == machine()}
+
+    def outside(self, neighbours: dict[int, int]) -> "subprocess.Popen[bytes] | None":
+        """A process that ends this one when a neighbour is gone and this one cannot see it (see `lookout`)."""
+        if not neighbours:
+            return None
+        others = [f"{rank}:{pid}" for rank, pid in neighbours.items()]
+        program, message = str(Path(__file__).with_name("lookout.py")), self.gone_text("rank RANK is gone")
+        command = [sys.executable, "-I", "-S", program, str(os.getpid()), message, *others]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def gone_text(self, why: str) -> str:
+        """What is said when another process is gone."""
+        fix = "Run the same command again: it goes on from the last checkpoint"
+        return f"error: {fail('R406', where=f'rank {self.rank} of {self.size}', why=why, fix=fix)}"
 
     def end(self, leaving: threading.Event, why: str) -> None:
         """Say what happened and end this process, whatever it is waiting for."""
         if not leaving.is_set():
-            where, fix = f"rank {self.rank} of {self.size}", "Run the same command again: it goes on from the last checkpoint"
-            print(f"error: {fail('R406', where=where, why=why, fix=fix)}", file=sys.stderr, flush=True)
+            print(self.gone_text(why), file=sys.stderr, flush=True)
             os._exit(1)
 
     def leave(self) -> None:
@@ -167,7 +194,7 @@ class World:
         if self._control is not None:
             import torch.distributed as dist
 
-            self._leaving.set()
+            self.stop_looking_out()
             self.barrier()  # nobody takes down the store while another still looks
             dist.destroy_process_group()
             self._control = self._saving = None
