@@ -3,14 +3,18 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from radlads.demo import DEMO
 from radlads.runs import read_metrics
 from radlads.tuning.loop import Loss
 from tests.students import tiny_student
 
+SHARED = Path(os.environ.get("RADLADS_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+STORIES = SHARED / "text" / "tinystories_excerpt.txt"
 TEXT = "Once upon a time there was an old man and his cat in a little house by the sea number {}."
 
 
@@ -132,6 +136,19 @@ def test_a_run_that_diverged_before_a_checkpoint_may_begin_anew(radlads, student
     assert diverged.status == 1 and "R404" in diverged.err and "--learning-rate" in diverged.err
     again = radlads(*words(student, data, tmp_path / "a", "--iters", 2, "--json"))
     assert again.status == 0 and len(read_metrics(tmp_path / "a")) == 4
+
+
+@pytest.mark.skipif(not STORIES.is_file(), reason="the shared data are absent")
+def test_the_loss_falls_on_text_that_the_model_has_not_seen(radlads, tmp_path):
+    text = STORIES.read_text()
+    (tmp_path / "train.txt").write_text(text[:40_000])
+    (tmp_path / "valid.txt").write_text(text[-10_000:])
+    places = ["--data", tmp_path, "--adapter-path", tmp_path / "a", "--backend", "torch"]
+    flags = ["--iters", 10, "--learning-rate", 5e-4, "--max-seq-length", 65, "--val-batches", 8, "--json"]
+    done = radlads("finetune", DEMO / "tiny-teacher", *places, *flags)
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
+    assert result["valid_loss"] < result["first_valid_loss"] - 0.08
 
 
 def test_a_teacher_has_no_state_to_train(radlads, teacher, data, tmp_path):
