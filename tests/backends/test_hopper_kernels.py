@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 KERNELS = "radlads.backends.torch.kernels."
+HOPPER_MODULES = ("wkv6_hopper", "wkv7_hopper", "wkv7_fused")
 
 
 class Index(int):
@@ -71,9 +72,9 @@ class Box:
         return Box(self.tensor.view(-1).view(dtype).view(*shape))
 
 
-def product(a: Box | Tensor, b: Box, acc: Tensor, use_acc: bool = True) -> Tensor:
+def product(a: Box | Tensor, b: Box, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
     left = a.tensor if isinstance(a, Box) else a
-    assert left.dtype == b.tensor.dtype == torch.bfloat16
+    assert left.dtype == b.tensor.dtype and left.dtype in (torch.bfloat16, torch.float16)
     out = left.float() @ b.tensor.float()
     return out + acc if use_acc else out
 
@@ -88,7 +89,16 @@ def copy_in(box: Box, pointer: Pointer, inside: Tensor) -> None:
     box.tensor[inside] = pointer.memory[pointer.place[inside]]
 
 
-def copy_out(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
+def fetch(pointer: Pointer, mask: Tensor | bool = True, other: float = 0.0) -> object:
+    if not isinstance(pointer.place, Tensor):
+        return Index(pointer.memory[pointer.place])
+    value = torch.full(pointer.place.shape, other, dtype=pointer.memory.dtype)
+    value[mask] = pointer.memory[pointer.place[mask]]
+    return value
+
+
+def copy_out(pointer: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
+    mask = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
     pointer.memory[pointer.place[mask]] = value[mask]
 
 
@@ -101,13 +111,15 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     language = ModuleType("language")
     vars(language).update(
         {name: lambda *_, **__: None for name in names}, constexpr=object, float32=torch.float32, bfloat16=torch.bfloat16,
-        int64=None, program_id=lambda i: here[-1][i], arange=lambda a, b, layout=None: torch.arange(a, b), where=choose,
+        int64=None, int32=None, float16=torch.float16, load=fetch, static_range=range, program_id=lambda i: here[-1][i], arange=lambda a, b, layout=None: torch.arange(a, b), where=choose,
         allocate_shared_memory=lambda dtype, shape, layout: Box(torch.full(shape, float("nan"), dtype=dtype)),
+        inline_asm_elementwise=lambda asm, places, arguments, **_: arguments[0],
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), exp2=torch.exp2, store=copy_out,
         sum=lambda x, axis: x.sum(axis), maximum=lambda x, low: x.clamp(min=low), barrier=lambda: None)
     hopper = ModuleType("hopper")
     copies = SimpleNamespace(async_copy_global_to_shared=copy_in, commit_group=lambda: None, wait_group=lambda n: None)
-    vars(hopper).update(warpgroup_mma=product, fence_async_shared=lambda: None, async_copy=copies)
+    vars(hopper).update(warpgroup_mma=product, warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else deps,
+                         fence_async_shared=lambda: None, async_copy=copies)
     gluon = ModuleType("gluon")
     vars(gluon).update(jit=lambda fn=None, **_: fn or (lambda f: f), language=language)
     experimental = ModuleType("experimental")
@@ -115,7 +127,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     for name, module in (("", experimental), (".gluon", gluon), (".gluon.language", language),
                          (".gluon.language.nvidia", ModuleType("nvidia")), (".gluon.language.nvidia.hopper", hopper)):
         monkeypatch.setitem(sys.modules, "triton.experimental" + name, module)
-    for module in ("wkv6_hopper", "wkv7_hopper"):
+    for module in HOPPER_MODULES:
         monkeypatch.delitem(sys.modules, KERNELS + module, raising=False)
 
     def launch(module: str, kernel: str, programs: list[tuple[int, ...]], *arguments: object) -> None:
@@ -125,7 +137,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
             function(*(Pointer(x) if isinstance(x, Tensor) else x for x in arguments))
 
     yield launch
-    for module in ("wkv6_hopper", "wkv7_hopper"):
+    for module in HOPPER_MODULES:
         sys.modules.pop(KERNELS + module, None)
 
 
@@ -155,7 +167,7 @@ def recurrence(T: int, N: int, lowest: float, removal: bool) -> tuple[dict[str, 
     ends = [x.grad for x in starts[1:]] + [torch.zeros(N, N)]
     inputs.update(u=torch.stack(removed).detach().bfloat16(), du=added.grad.bfloat16(),
                   states=torch.stack([x.detach() for x in starts]).bfloat16(), d_states=torch.stack(ends).bfloat16())
-    return inputs, {name: exact[name].grad for name in names}
+    return inputs, {name: exact[name].grad for name in names} | {"state": starts[0].grad}
 
 
 @pytest.mark.parametrize("number,N", [(6, 64), (6, 96), (7, 64), (7, 96)])
@@ -174,3 +186,48 @@ def test_gradients_match_float64(number: int, N: int, run: object) -> None:
             x["states"], x["d_out"], x["du"], x["d_states"], *grads.values(), *sizes, N, 0.6126, False)
     for name, grad in grads.items():
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
+
+
+@pytest.mark.parametrize("N", [64, 96])
+def test_fused_forward_matches_float64(N: int, run: object) -> None:
+    T, width = 150, 64 if N == 64 else 128
+    x, _ = recurrence(T, N, 0.6, True)
+    start = torch.randn(N, N)
+    out, u = (torch.full((T, N), float("nan"), dtype=torch.bfloat16) for _ in range(2))
+    states, last = torch.full((3, N, N), float("nan"), dtype=torch.bfloat16), torch.full((N, N), float("nan"))
+    solve, a_rb = (torch.full((3, 64, 64), float("nan"), dtype=torch.bfloat16) for _ in range(2))
+    run("wkv7_fused", "wkv7_fused_forward_kernel", [(0, 0)], x["q"], x["log_w"], x["k"], x["v"], x["a"], x["b"], start, out,
+        u, states, solve, a_rb, last, None, None, Index(T), Index(3), 1, 1, 0.5, N, width, 0.6126, True, True, False)
+    q, log_w, k, v, a, b = (x[name].double() for name in ("q", "log_w", "k", "v", "a", "b"))
+    state, want, want_u, want_states = start.double(), [], [], []
+    for t in range(T):
+        if t % 64 == 0:
+            want_states.append((state * log_w[t:t + 32].sum(0).exp()).T)
+        want_u.append(state @ a[t])
+        state = state * log_w[t].exp() + want_u[-1][:, None] * b[t] + v[t][:, None] * k[t]
+        want.append(0.5 * state @ q[t])
+    for found, right in ((out, want), (u, want_u), (states, want_states), (last, state[None])):
+        right = torch.cat([y[None] if y.dim() < found.dim() else y for y in right]).view(found.shape)
+        assert (found.double() - right).norm() / right.norm() < 5e-3
+    assert not solve.isnan().any() and not a_rb.isnan().any()
+
+
+@pytest.mark.parametrize("N", [64, 96])
+def test_fused_backward_matches_float64(N: int, run: object) -> None:
+    T, width = 150, 64 if N == 64 else 128
+    x, want = recurrence(T, N, 0.6, True)
+    start, last, d_last = torch.zeros(N, N), torch.zeros(N, N), torch.zeros(N, N)
+    out, u = (torch.zeros(T, N, dtype=torch.bfloat16) for _ in range(2))
+    states = torch.zeros(3, N, N, dtype=torch.bfloat16)
+    solve, a_rb = (torch.zeros(3, 64, 64, dtype=torch.bfloat16) for _ in range(2))
+    inputs = [x[name] for name in ("q", "log_w", "k", "v", "a", "b")]
+    sizes = (None, None, Index(T), Index(3), 1, 1, 0.5, N, width, 0.6126)
+    run("wkv7_fused", "wkv7_fused_forward_kernel", [(0, 0)], *inputs, start, out, u, states, solve, a_rb, last, *sizes,
+        True, True, False)
+    grads = {name: torch.full((T, N), float("nan"), dtype=torch.bfloat16) for name in ("q", "log_w", "k", "v", "a", "b")}
+    d_start = torch.full((N, N), float("nan"))
+    run("wkv7_fused", "wkv7_fused_backward_kernel", [(0, 0)], *inputs, u, states, solve, a_rb, x["d_out"], d_last,
+        *grads.values(), d_start, *sizes, True, True, False)
+    for name, grad in grads.items():
+        assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
+    assert (d_start.T.double() - want["state"]).norm() / want["state"].norm() < 5e-3

@@ -84,6 +84,15 @@ def wkv7_has_hopper(r: Tensor, log_w: Tensor) -> bool:
             and torch.cuda.get_device_capability(r.device)[0] == 9)
 
 
+# One program a sequence and head keeps everything on the chip but takes a chunk after the other; below so many programs the
+# kernels that take all chunks at once are faster.
+WKV7_FUSED_PROGRAMS = 48
+
+
+def wkv7_is_fused(r: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
+    return plan["centred"] and plan["seqs"] * r.shape[2] >= WKV7_FUSED_PROGRAMS and wkv7_has_hopper(r, log_w)
+
+
 def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float | None) -> dict[str, object]:
     """Sizes, tables and compile-time constants that all four kernels of one call share."""
     B, T, _, N = v.shape
@@ -144,10 +153,18 @@ def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b
     final = r.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     u = torch.empty_like(r if save else r[:0])
     checkpoint = r.new_empty((plan["chunks"], H, N, N) if save else 0)
+    sizes = (plan["T"], plan["NT"], H, v.shape[2])
+    if wkv7_is_fused(r, log_w, plan):
+        kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
+        solve, a_rb = (r.new_empty((plan["chunks"], H, 64, 64) if save else 0) for _ in range(2))
+        kernels.wkv7_fused_forward_kernel[(H, plan["seqs"])](
+            r, log_w, k, v, a, b, state, out, u, checkpoint, solve, a_rb, final, cu, chunk_start, *sizes, scale, N=N,
+            BN=plan["width"], CLAMP=plan["gates"]["CLAMP"], HAS_STATE=state is not None, SAVE=save,
+            VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
+        return out, final, u, checkpoint, solve, a_rb
     solve, a_rb, *factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
     wkv7_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
-        v, *factors, state, out, u, checkpoint, final, cu, chunk_start, plan["T"], plan["NT"], H, v.shape[2],
-        **plan["common"], BK=64, BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+        v, *factors, state, out, u, checkpoint, final, cu, chunk_start, *sizes, **plan["common"], BK=64, BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     if not (save and plan["centred"]):
         solve, a_rb = out.new_empty(0), out.new_empty(0)
     return out, final, u, checkpoint, solve, a_rb
@@ -180,10 +197,19 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     sizes = (plan["T"], plan["NT"], H)
     d_out = d_out.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
-    dr, dk, dv, da, db, du = (torch.empty_like(r) for _ in range(6))
+    dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
     d_log_w = torch.empty_like(log_w)
-    d_checkpoint = torch.empty_like(checkpoint)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
+    if wkv7_is_fused(r, log_w, plan):
+        kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
+        kernels.wkv7_fused_backward_kernel[(H, plan["seqs"])](
+            r, log_w, k, v, a, b, u, checkpoint, solve, a_rb, d_out, d_final, dr, d_log_w, dk, dv, da, db, d_state, cu,
+            chunk_start, *sizes, Hv, scale, N=N, BN=plan["width"], CLAMP=plan["gates"]["CLAMP"],
+            HAS_STATE=d_final is not None, NEED_STATE=need_state, VARLEN=cu_seqlens is not None,
+            num_warps=plan["width"] // 16)
+        return dr, d_log_w, dk, wkv7_value_grad(dv, Hv), da, db, d_state
+    du = torch.empty_like(r)
+    d_checkpoint = torch.empty_like(checkpoint)
     # Of the factors only the two that cost most are kept: all together are as large as six of the inputs.
     factors = wkv7_solve(r, log_w, k, a, b, scale, plan, (solve, a_rb) if plan["centred"] else None)
     wkv7_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
@@ -203,9 +229,14 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
         wkv7_grad_kernel[(triton.cdiv(N, plan["tile"]["grad"]), H, plan["chunks"])](
             *arguments, **plan["common"], **plan["gates"], **plan["pairs"], BK=plan["tile"]["grad"], BV=plan["width"],
             **plan["launch"]["grad"])
-    if Hv != H:
-        dv = dv.view(B, T, Hv, H // Hv, N).sum(3, dtype=torch.float32).to(v.dtype)
-    return dr, d_log_w, dk, dv, da, db, d_state
+    return dr, d_log_w, dk, wkv7_value_grad(dv, Hv), da, db, d_state
+
+
+def wkv7_value_grad(dv: Tensor, heads: int) -> Tensor:
+    """The gradient of the value heads from that of every head."""
+    if heads == dv.shape[2]:
+        return dv
+    return dv.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(dv.dtype)
 
 
 @wkv7_backward_op.register_fake

@@ -8,17 +8,24 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def box_copy(box, base, row, col, length, width, stride):
-    """Starts the copy of a (64, 64) box, zero outside (length, width)."""
-    inside = (row[:, None] < length) & (col[None, :] < width)
-    async_copy.async_copy_global_to_shared(box, base + row[:, None] * stride + col[None, :], inside)
+def in_place(x):
+    """x, so that what follows from it is computed where it stands: moved out of a loop it would take registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def rows_store(base, value, length, width, stride, ACC: gl.constexpr):
+def box_copy(box, base, row, col, length, width, stride):
+    """Starts the copy of a (64, 64) box, zero outside (length, width)."""
+    row = in_place(row)[:, None]
+    inside = (row < length) & (col[None, :] < width)
+    async_copy.async_copy_global_to_shared(box, base + row * stride + col[None, :], inside)
+
+
+@gluon.jit
+def rows_store(base, value, length, width, stride, ACC: gl.constexpr, COLS: gl.constexpr = 64):
     """Stores a product's rows without a detour through shared memory."""
-    row = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
-    col = gl.arange(0, 64, gl.SliceLayout(0, ACC))[None, :]
+    row = in_place(gl.arange(0, 64, gl.SliceLayout(1, ACC)))[:, None]
+    col = gl.arange(0, COLS, gl.SliceLayout(0, ACC))[None, :]
     gl.store(base + row * stride + col, value.to(base.dtype.element_ty), mask=(row < length) & (col < width))
 
 

@@ -1,0 +1,480 @@
+"""The generalised delta rule for bounded decays in Gluon, for Hopper: one program walks one head of one sequence.
+
+The equations are those of wkv7_centred. Nothing but inputs, outputs and what the backward needs goes through memory; the
+state (key, value) stays in registers as float32. Eight warps at head sizes up to 128, four up to 64.
+"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from radlads.backends.torch.kernels.wkv7_hopper import barrier, box_copy, decay_exp, in_place, rows_store, split_store
+
+
+@gluon.jit
+def sync_boxes():
+    """What was stored to shared memory is visible to every thread and to the tensor cores."""
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def decay_signs(t, s):
+    """Of which tokens s the log-decays sum to that from the chunk's middle to token t."""
+    return (gl.where((s >= 32) & (s <= t), 1.0, 0.0) - gl.where((s < 32) & (s > t), 1.0, 0.0)).to(gl.bfloat16)
+
+
+@gluon.jit
+def chunk_inverse(A, lower16, inverse16, other16, step16, PAIR: gl.constexpr):
+    """(I - A)^-1 of a strictly lower (64, 64) matrix by doubling blocks, in float16 boxes."""
+    t = in_place(gl.arange(0, 64, gl.SliceLayout(1, PAIR)))[:, None]
+    s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
+    lower16.store(A.to(gl.float16))
+    inverse = gl.where((t // 2) == (s // 2), A, 0.0) + gl.where(t == s, 1.0, 0.0)
+    inverse16.store(inverse.to(gl.float16))
+    sync_boxes()
+    for level in gl.static_range(1, 6):
+        # Two boxes in turn: one is written while other warps may still read the one before.
+        known = inverse16 if level % 2 else other16
+        # The inverse is block-diagonal as yet, so the rest of A may be masked after the product.
+        step = warpgroup_mma(lower16, known, gl.zeros([64, 64], gl.float32, PAIR), use_acc=False)
+        inside = ((t >> (level + 1)) == (s >> (level + 1))) & ((t >> level) > (s >> level))
+        step16.store(gl.where(inside, step, 0.0).to(gl.float16))
+        sync_boxes()
+        inverse = warpgroup_mma(known, step16, inverse)
+        if level < 5:
+            (other16 if level % 2 else inverse16).store(inverse.to(gl.float16))
+            sync_boxes()
+    return inverse
+
+
+@gluon.jit
+def decay_halves(ww, early, late, CLAMP: gl.constexpr, SUMS: gl.constexpr):
+    """Clamps the log-decays of a chunk and takes the decays of its halves; a warp holds all tokens of its channels."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))[:, None]
+    x = gl.maximum(ww.load(SUMS).to(gl.float32), -CLAMP)
+    first = gl.sum(gl.where(row < 32, x, 0.0), 0)
+    early.store(decay_exp(first))
+    late.store(decay_exp(gl.sum(x, 0) - first))
+    ww.store(x.to(gl.bfloat16))
+
+
+@gluon.jit
+def decay_inputs(rr, ww, kk, aa, bb, signs, scale, zero, ACC: gl.constexpr):
+    """The inputs decayed to the chunk's middle, each in its own box."""
+    span = warpgroup_mma(signs, ww, zero, use_acc=False)
+    w_raw = ww.load(ACC).to(gl.float32)
+    r_raw, a_raw, k_raw, b_raw = rr.load(ACC), aa.load(ACC), kk.load(ACC), bb.load(ACC)
+    rr.store((r_raw.to(gl.float32) * (decay_exp(span) * scale)).to(gl.bfloat16))
+    aa.store((a_raw.to(gl.float32) * decay_exp(span - w_raw)).to(gl.bfloat16))
+    back = decay_exp(-span)
+    kk.store((k_raw.to(gl.float32) * back).to(gl.bfloat16))
+    bb.store((b_raw.to(gl.float32) * back).to(gl.bfloat16))
+
+
+@gluon.jit
+def box_save(base, box, row, col, length, width, stride, FLAT: gl.constexpr):
+    """Stores a box, rows as whole as they lie in memory."""
+    row = in_place(row)[:, None]
+    gl.store(base + row * stride + col[None, :], box.load(FLAT), mask=(row < length) & (col[None, :] < width))
+
+
+@gluon.jit(do_not_specialize=["T", "NT"])
+def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkpoint, solve, a_rb, state_out,
+                              cu_seqlens, chunk_start, T, NT, H, HV, scale,
+                              N: gl.constexpr, BN: gl.constexpr, CLAMP: gl.constexpr, HAS_STATE: gl.constexpr,
+                              SAVE: gl.constexpr, VARLEN: gl.constexpr):
+    """Outputs and the last state; for training also u, the state before each chunk, solution matrices and A_rb."""
+    WARPS: gl.constexpr = BN // 16
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 64, 16])
+    PAIR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 256 // WARPS, 16])
+    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    SUMS: gl.constexpr = gl.BlockedLayout([16, 2], [4, 8], [1, WARPS], [0, 1])
+    h = gl.program_id(0)
+    seq = gl.program_id(1)
+    if VARLEN:
+        begin = gl.load(cu_seqlens + seq)
+        length = gl.load(cu_seqlens + seq + 1) - begin
+        chunk = gl.load(chunk_start + seq).to(gl.int64)
+    else:
+        begin = seq * T
+        length = T
+        chunk = (seq * NT).to(gl.int64)
+    stride = H * N
+    stride_v = HV * N
+    base = begin.to(gl.int64) * stride + h * N
+    base_v = begin.to(gl.int64) * stride_v + (h // (H // HV)) * N
+    corner = (seq * H + h).to(gl.int64) * (N * N)
+    row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
+    col = gl.arange(0, BN, gl.SliceLayout(0, FLAT))
+    keys = gl.arange(0, BN, gl.SliceLayout(1, FLAT))
+    key = gl.arange(0, BN, gl.SliceLayout(1, ACC))[:, None]
+    val = gl.arange(0, BN, gl.SliceLayout(0, ACC))[None, :]
+    inside = (key < N) & (val < N)
+    t = gl.arange(0, 64, gl.SliceLayout(1, PAIR))[:, None]
+    s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
+
+    rr = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
+    ww = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
+    aa = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
+    vv = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
+    kks = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BN], BOX)
+    bbs = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BN], BOX)
+    # The rounded state; once it has been read, the right-hand sides and u.
+    states = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BN], BOX)
+    rhs_box, uu = states.index(0), states.index(1)
+    other16 = states._reinterpret(gl.float16, [BN // 32, 64, 64], BOX).index(BN // 64)
+    if BN == 128:
+        state_box = states._reinterpret(gl.bfloat16, [128, 128], BOX)
+    else:
+        state_box = states.index(0)
+    ak_box = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
+    rk_box = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
+    rb_box = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
+    signs = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
+    lower16 = gl.allocate_shared_memory(gl.float16, [64, 64], BOX)
+    inverse16 = gl.allocate_shared_memory(gl.float16, [64, 64], BOX)
+    step16 = gl.allocate_shared_memory(gl.float16, [64, 64], BOX)
+    solve_box = lower16._reinterpret(gl.bfloat16, [64, 64], BOX)
+    early = gl.allocate_shared_memory(gl.float32, [BN], LINE)
+    late = gl.allocate_shared_memory(gl.float32, [BN], LINE)
+
+    state = gl.zeros([BN, BN], gl.float32, ACC)
+    if HAS_STATE:
+        state = gl.load(state_in + corner + val * N + key, mask=inside, other=0.0)
+    # Sums of the log-decays from the chunk's middle are products with these.
+    signs.store(decay_signs(t, s))
+    chunks = ((length + 63) // 64).to(gl.int32)
+    box_copy(ww, log_w + base, row, col, length, N, stride)
+    box_copy(kks.index(0), k + base, row, col, length, N, stride)
+    box_copy(bbs.index(0), b + base, row, col, length, N, stride)
+    box_copy(rr, r + base, row, col, length, N, stride)
+    box_copy(aa, a + base, row, col, length, N, stride)
+    async_copy.commit_group()
+    box_copy(vv, v + base_v, row, col, length, N, stride_v)
+    async_copy.commit_group()
+    for i in range(0, chunks):
+        place = chunk * H + h
+        kk, bb = kks.index(i % 2), bbs.index(i % 2)
+        t = in_place(gl.arange(0, 64, gl.SliceLayout(1, PAIR)))[:, None]
+        s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
+        async_copy.wait_group(1)
+        barrier()
+        decay_halves(ww, early, late, CLAMP, SUMS)
+        sync_boxes()
+        # From here on the state is that of the chunk's middle, had the chunk added nothing.
+        state = state * early.load(gl.SliceLayout(1, ACC))[:, None]
+        state_box.store(state.to(gl.bfloat16))
+        zero = gl.zeros([64, BN], gl.float32, ACC)
+        decay_inputs(rr, ww, kk, aa, bb, signs, scale, zero, ACC)
+        sync_boxes()
+        none = gl.zeros([64, 64], gl.float32, PAIR)
+        ab = warpgroup_mma(aa, bb.permute((1, 0)), none, use_acc=False, is_async=True)
+        ak = warpgroup_mma(aa, kk.permute((1, 0)), none, use_acc=False, is_async=True)
+        rk = warpgroup_mma(rr, kk.permute((1, 0)), none, use_acc=False, is_async=True)
+        rb = warpgroup_mma(rr, bb.permute((1, 0)), none, use_acc=False, is_async=True)
+        o = warpgroup_mma(rr, state_box, zero, use_acc=False, is_async=True)
+        rhs = warpgroup_mma(aa, state_box, zero, use_acc=False, is_async=True)
+        ab, ak, rk, rb, o, rhs = warpgroup_mma_wait(0, [ab, ak, rk, rb, o, rhs])
+        ak_box.store(gl.where(t > s, ak, 0.0).to(gl.bfloat16))
+        rk_box.store(gl.where(t >= s, rk, 0.0).to(gl.bfloat16))
+        rb = gl.where(t >= s, rb, 0.0).to(gl.bfloat16)
+        rb_box.store(rb)
+        if SAVE:
+            gl.store(a_rb + place * 4096 + t * 64 + s, rb)
+            box_save(checkpoint + place * (N * N), state_box, keys, col, N, N, N, FLAT)
+        async_copy.wait_group(0)
+        sync_boxes()
+        # Most boxes of this chunk are free: those of the next arrive while the matrix is inverted.
+        length -= 64
+        base += 64 * stride
+        box_copy(ww, log_w + base, row, col, length, N, stride)
+        box_copy(kks.index((i + 1) % 2), k + base, row, col, length, N, stride)
+        box_copy(bbs.index((i + 1) % 2), b + base, row, col, length, N, stride)
+        box_copy(rr, r + base, row, col, length, N, stride)
+        box_copy(aa, a + base, row, col, length, N, stride)
+        async_copy.commit_group()
+        o = warpgroup_mma(rk_box, vv, o, is_async=True)
+        rhs = warpgroup_mma(ak_box, vv, rhs, is_async=True)
+        state = warpgroup_mma(kk.permute((1, 0)), vv, state, is_async=True)
+        o, rhs, state = warpgroup_mma_wait(0, [o, rhs, state])
+        inverse = chunk_inverse(gl.where(t > s, ab, 0.0), lower16, inverse16, other16, step16, PAIR).to(gl.bfloat16)
+        solve_box.store(inverse)
+        rhs_box.store(rhs.to(gl.bfloat16))
+        if SAVE:
+            gl.store(solve + place * 4096 + t * 64 + s, inverse)
+        sync_boxes()
+        uu.store(warpgroup_mma(solve_box, rhs_box, zero, use_acc=False).to(gl.bfloat16))
+        sync_boxes()
+        o = warpgroup_mma(rb_box, uu, o, is_async=True)
+        state = warpgroup_mma(bb.permute((1, 0)), uu, state, is_async=True)
+        decay = late.load(gl.SliceLayout(1, ACC))[:, None]
+        o, state = warpgroup_mma_wait(0, [o, state])
+        if SAVE:
+            box_save(u_out + (base - 64 * stride), uu, row, col, length + 64, N, stride, FLAT)
+        rows_store(out + (base - 64 * stride), o, length + 64, N, stride, ACC, BN)
+        state = state * decay
+        barrier()
+        base_v += 64 * stride_v
+        box_copy(vv, v + base_v, row, col, length, N, stride_v)
+        async_copy.commit_group()
+        chunk += 1
+    async_copy.wait_group(0)
+    gl.store(state_out + corner + val * N + key, state, mask=inside)
+
+
+@gluon.jit
+def fused_part_copies(rr, ww, kk, aa, bb, r, log_w, k, a, b, part, row, col, length, width, stride):
+    """Starts the copies of 64 key channels of a chunk; the pointers are the chunk's."""
+    at = part * 64
+    box_copy(ww.index(part), log_w + at, row, col, length, width - at, stride)
+    box_copy(rr.index(part), r + at, row, col, length, width - at, stride)
+    box_copy(aa.index(part), a + at, row, col, length, width - at, stride)
+    box_copy(kk.index(part), k + at, row, col, length, width - at, stride)
+    box_copy(bb.index(part), b + at, row, col, length, width - at, stride)
+
+
+@gluon.jit
+def fused_part_grad(rq, ww, kk, aq, bb, old, do, dw, g_rk, g_rb, g_ak, g_ab, signs, since, before, k_state, b_state,
+                    totals, dr, d_log_w, dk, da, db, length, width, stride, scale, PAIR: gl.constexpr):
+    """Stores the gradients of 64 key channels; k_state and b_state are the state's share of the gradients of kk and bb."""
+    zero = gl.zeros([64, 64], gl.float32, PAIR)
+    span = warpgroup_mma(signs, ww, zero, use_acc=False, is_async=True)
+    r_grad = warpgroup_mma(do, old.permute((1, 0)), zero, use_acc=False, is_async=True)
+    r_grad = warpgroup_mma(g_rk, kk, r_grad, is_async=True)
+    r_grad = warpgroup_mma(g_rb, bb, r_grad, is_async=True)
+    a_grad = warpgroup_mma(dw, old.permute((1, 0)), zero, use_acc=False, is_async=True)
+    a_grad = warpgroup_mma(g_ak, kk, a_grad, is_async=True)
+    a_grad = warpgroup_mma(g_ab, bb, a_grad, is_async=True)
+    k_grad = warpgroup_mma(g_rk.permute((1, 0)), rq, zero, use_acc=False, is_async=True)
+    k_grad = warpgroup_mma(g_ak.permute((1, 0)), aq, k_grad, is_async=True)
+    b_grad = warpgroup_mma(g_rb.permute((1, 0)), rq, zero, use_acc=False, is_async=True)
+    b_grad = warpgroup_mma(g_ab.permute((1, 0)), aq, b_grad, is_async=True)
+    span, r_grad, a_grad, k_grad, b_grad = warpgroup_mma_wait(0, [span, r_grad, a_grad, k_grad, b_grad])
+    rows_store(dr, r_grad * (decay_exp(span) * scale), length, width, stride, PAIR)
+    upto = rq.load(PAIR).to(gl.float32) * r_grad
+    rows_store(da, a_grad * decay_exp(span - ww.load(PAIR).to(gl.float32)), length, width, stride, PAIR)
+    here = aq.load(PAIR).to(gl.float32) * a_grad
+    upto += here
+    w_grad = totals.load(gl.SliceLayout(0, PAIR))[None, :] - here
+    back = decay_exp(-span)
+    rows_store(dk, (k_grad + k_state) * back, length, width, stride, PAIR)
+    factor = kk.load(PAIR).to(gl.float32)
+    upto -= factor * k_grad
+    after = factor * k_state
+    rows_store(db, (b_grad + b_state) * back, length, width, stride, PAIR)
+    factor = bb.load(PAIR).to(gl.float32)
+    upto -= factor * b_grad
+    after += factor * b_state
+    barrier()
+    split_store(rq, aq, upto)
+    split_store(kk, bb, after)
+    sync_boxes()
+    w_grad = warpgroup_mma(since, aq, w_grad, is_async=True)
+    w_grad = warpgroup_mma(since, rq, w_grad, is_async=True)
+    w_grad = warpgroup_mma(before, bb, w_grad, is_async=True)
+    w_grad = warpgroup_mma(before, kk, w_grad, is_async=True)
+    w_grad = warpgroup_mma_wait(0, [w_grad])
+    rows_store(d_log_w, w_grad, length, width, stride, PAIR)
+
+
+@gluon.jit(do_not_specialize=["T", "NT"])
+def wkv7_fused_backward_kernel(r, log_w, k, v, a, b, u, checkpoint, solve, a_rb, d_out, d_state_out,
+                               dr, d_log_w, dk, dv, da, db, d_state_in, cu_seqlens, chunk_start, T, NT, H, HV, scale,
+                               N: gl.constexpr, BN: gl.constexpr, CLAMP: gl.constexpr, HAS_STATE: gl.constexpr,
+                               NEED_STATE: gl.constexpr, VARLEN: gl.constexpr):
+    """All gradients, chunk by chunk from the end; the state's gradient (key, value) in one or two blocks of 64 keys."""
+    WARPS: gl.constexpr = BN // 16
+    PARTS: gl.constexpr = BN // 64
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 64, 16])
+    PAIR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 256 // WARPS, 16])
+    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    SUMS: gl.constexpr = gl.BlockedLayout([16, 1 if WARPS == 8 else 2], [4, 8], [1, WARPS], [0, 1])
+    h = gl.program_id(0)
+    seq = gl.program_id(1)
+    if VARLEN:
+        begin = gl.load(cu_seqlens + seq)
+        length = gl.load(cu_seqlens + seq + 1) - begin
+        chunk = gl.load(chunk_start + seq).to(gl.int64)
+    else:
+        begin = seq * T
+        length = T
+        chunk = (seq * NT).to(gl.int64)
+    stride = H * N
+    stride_v = HV * N
+    chunks = ((length + 63) // 64).to(gl.int32)
+    token = begin.to(gl.int64) + (chunks - 1) * 64
+    base = token * stride + h * N
+    base_v = token * stride_v + (h // (H // HV)) * N
+    chunk += chunks - 1
+    length -= (chunks - 1) * 64
+    corner = (seq * H + h).to(gl.int64) * (N * N)
+    row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
+    col = gl.arange(0, 64, gl.SliceLayout(0, FLAT))
+    wide = gl.arange(0, BN, gl.SliceLayout(0, FLAT))
+    key = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
+    val = gl.arange(0, BN, gl.SliceLayout(0, ACC))[None, :]
+
+    rr = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    ww = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    kk = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    aa = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    bb = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    do = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
+    dw = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
+    v_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    u_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    x_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
+    g_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS * PARTS, 64, 64], BOX)
+    pairs = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 64], BOX)
+    early = gl.allocate_shared_memory(gl.float32, [PARTS, 64], LINE)
+    late = gl.allocate_shared_memory(gl.float32, [PARTS, 64], LINE)
+    # Free once the gradient has been decayed.
+    totals = late
+    solve_box, rb_box, ak_box, rk_box = pairs.index(0), pairs.index(1), pairs.index(2), pairs.index(3)
+    g_rk, g_rb, since = x_boxes.index(0), u_boxes.index(0), g_boxes.index(0)
+    if BN == 128:
+        vv = v_boxes._reinterpret(gl.bfloat16, [64, 128], BOX)
+        uu = u_boxes._reinterpret(gl.bfloat16, [64, 128], BOX)
+        xx = x_boxes._reinterpret(gl.bfloat16, [64, 128], BOX)
+        new = g_boxes._reinterpret(gl.bfloat16, [2, 64, 128], BOX)
+        old = pairs._reinterpret(gl.bfloat16, [2, 64, 128], BOX)
+        g_ak, g_ab, before, late_signs = x_boxes.index(1), u_boxes.index(1), g_boxes.index(1), v_boxes.index(0)
+    else:
+        vv, uu, xx, new, old = v_boxes.index(0), u_boxes.index(0), x_boxes.index(0), g_boxes, pairs
+        g_ak, g_ab, before, late_signs = rb_box, v_boxes.index(0), rk_box, ak_box
+
+    grad0 = gl.zeros([64, BN], gl.float32, ACC)
+    grad1 = gl.zeros([64, BN], gl.float32, ACC)
+    if HAS_STATE:
+        grad0 = gl.load(d_state_out + corner + val * N + key, mask=(key < N) & (val < N), other=0.0)
+        if BN == 128:
+            grad1 = gl.load(d_state_out + corner + val * N + key + 64, mask=(key < N - 64) & (val < N), other=0.0)
+    for part in gl.static_range(PARTS):
+        fused_part_copies(rr, ww, kk, aa, bb, r + base, log_w + base, k + base, a + base, b + base, part, row, col, length, N,
+                          stride)
+    async_copy.commit_group()
+    for i in range(0, chunks):
+        place = chunk * H + h
+        box_copy(do, d_out + base, row, wide, length, N, stride)
+        box_copy(solve_box, solve + place * 4096, row, col, 64, 64, 64)
+        box_copy(rb_box, a_rb + place * 4096, row, col, 64, 64, 64)
+        box_copy(vv, v + base_v, row, wide, length, N, stride_v)
+        box_copy(uu, u + base, row, wide, length, N, stride)
+        async_copy.commit_group()
+        async_copy.wait_group(1)
+        barrier()
+        for part in gl.static_range(PARTS):
+            decay_halves(ww.index(part), early.index(part), late.index(part), CLAMP, SUMS)
+        t = in_place(gl.arange(0, 64, gl.SliceLayout(1, PAIR)))[:, None]
+        s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
+        signs = x_boxes.index(0)
+        signs.store(decay_signs(t, s))
+        sync_boxes()
+        # The gradient of the state at the chunk's middle, had the chunk added nothing.
+        grad0 = grad0 * late.index(0).load(gl.SliceLayout(1, ACC))[:, None]
+        new.index(0).store(grad0.to(gl.bfloat16))
+        if BN == 128:
+            grad1 = grad1 * late.index(1).load(gl.SliceLayout(1, ACC))[:, None]
+            new.index(1).store(grad1.to(gl.bfloat16))
+        zero = gl.zeros([64, 64], gl.float32, PAIR)
+        none = gl.zeros([64, BN], gl.float32, ACC)
+        for part in gl.static_range(PARTS):
+            decay_inputs(rr.index(part), ww.index(part), kk.index(part), aa.index(part), bb.index(part), signs, scale, zero,
+                         PAIR)
+        async_copy.wait_group(0)
+        sync_boxes()
+        du = warpgroup_mma(rb_box.permute((1, 0)), do, none, use_acc=False, is_async=True)
+        v_grad = warpgroup_mma(kk.index(0), new.index(0), none, use_acc=False, is_async=True)
+        ak = warpgroup_mma(aa.index(0), kk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        rk = warpgroup_mma(rr.index(0), kk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        du = warpgroup_mma(bb.index(0), new.index(0), du, is_async=True)
+        if BN == 128:
+            du = warpgroup_mma(bb.index(1), new.index(1), du, is_async=True)
+            v_grad = warpgroup_mma(kk.index(1), new.index(1), v_grad, is_async=True)
+            ak = warpgroup_mma(aa.index(1), kk.index(1).permute((1, 0)), ak, is_async=True)
+            rk = warpgroup_mma(rr.index(1), kk.index(1).permute((1, 0)), rk, is_async=True)
+        du, v_grad, ak, rk = warpgroup_mma_wait(0, [du, v_grad, ak, rk])
+        ak_box.store(gl.where(t > s, ak, 0.0).to(gl.bfloat16))
+        rk_box.store(gl.where(t >= s, rk, 0.0).to(gl.bfloat16))
+        xx.store(du.to(gl.bfloat16))
+        sync_boxes()
+        dw.store(warpgroup_mma(solve_box.permute((1, 0)), xx, none, use_acc=False).to(gl.bfloat16))
+        sync_boxes()
+        # Gradients of the pair matrices, in boxes that are free or of what they are made from.
+        v_grad = warpgroup_mma(rk_box.permute((1, 0)), do, v_grad, is_async=True)
+        v_grad = warpgroup_mma(ak_box.permute((1, 0)), dw, v_grad, is_async=True)
+        d_rk = warpgroup_mma(do, vv.permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_rb = warpgroup_mma(do, uu.permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_ak = warpgroup_mma(dw, vv.permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_ab = warpgroup_mma(dw, uu.permute((1, 0)), zero, use_acc=False, is_async=True)
+        v_grad, d_rk, d_rb, d_ak, d_ab = warpgroup_mma_wait(0, [v_grad, d_rk, d_rb, d_ak, d_ab])
+        rows_store(dv + base, v_grad, length, N, stride, ACC, BN)
+        barrier()
+        for part in gl.static_range(PARTS):
+            box_copy(old.index(part), checkpoint + place * (N * N) + part * 64 * N, row, wide, N - part * 64, N, N)
+        async_copy.commit_group()
+        g_rk.store(gl.where(t >= s, d_rk, 0.0).to(gl.bfloat16))
+        g_ak.store(gl.where(t > s, d_ak, 0.0).to(gl.bfloat16))
+        d_rb = gl.where(t >= s, d_rb, 0.0).to(gl.bfloat16)
+        d_ab = gl.where(t > s, d_ab, 0.0).to(gl.bfloat16)
+        k_state0 = warpgroup_mma(vv, new.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        b_state0 = warpgroup_mma(uu, new.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        grad0 = warpgroup_mma(rr.index(0).permute((1, 0)), do, grad0, is_async=True)
+        grad0 = warpgroup_mma(aa.index(0).permute((1, 0)), dw, grad0, is_async=True)
+        if BN == 128:
+            k_state1 = warpgroup_mma(vv, new.index(1).permute((1, 0)), zero, use_acc=False, is_async=True)
+            b_state1 = warpgroup_mma(uu, new.index(1).permute((1, 0)), zero, use_acc=False, is_async=True)
+            grad1 = warpgroup_mma(rr.index(1).permute((1, 0)), do, grad1, is_async=True)
+            grad1 = warpgroup_mma(aa.index(1).permute((1, 0)), dw, grad1, is_async=True)
+            k_state1, b_state1, grad1 = warpgroup_mma_wait(0, [k_state1, b_state1, grad1])
+            grad1 = grad1 * early.index(1).load(gl.SliceLayout(1, ACC))[:, None]
+        k_state0, b_state0, grad0 = warpgroup_mma_wait(0, [k_state0, b_state0, grad0])
+        grad0 = grad0 * early.index(0).load(gl.SliceLayout(1, ACC))[:, None]
+        async_copy.wait_group(0)
+        barrier()
+        g_rb.store(d_rb)
+        g_ab.store(d_ab)
+        late_signs.store(decay_signs(t, s))
+        for part in gl.static_range(PARTS):
+            both = old.index(part).load(FLAT).to(gl.float32) * new.index(part).load(FLAT).to(gl.float32)
+            totals.index(part).store(gl.sum(both, 1))
+        barrier()
+        since.store(gl.where(t <= s, 1.0, 0.0).to(gl.bfloat16))
+        before.store(gl.where(t > s, 1.0, 0.0).to(gl.bfloat16))
+        sync_boxes()
+        fused_part_grad(rr.index(0), ww.index(0), kk.index(0), aa.index(0), bb.index(0), old.index(0), do, dw, g_rk, g_rb, g_ak,
+                        g_ab, late_signs, since, before, k_state0, b_state0, totals.index(0), dr + base, d_log_w + base,
+                        dk + base, da + base, db + base, length, N, stride, scale, PAIR)
+        barrier()
+        # The boxes are free for the chunk before this.
+        ahead = base - 64 * stride
+        if i + 1 < chunks:
+            fused_part_copies(rr, ww, kk, aa, bb, r + ahead, log_w + ahead, k + ahead, a + ahead, b + ahead, 0, row, col, 64, N,
+                              stride)
+        if BN == 128:
+            at = base + 64
+            fused_part_grad(rr.index(1), ww.index(1), kk.index(1), aa.index(1), bb.index(1), old.index(1), do, dw, g_rk, g_rb,
+                            g_ak, g_ab, late_signs, since, before, k_state1, b_state1, totals.index(1), dr + at, d_log_w + at,
+                            dk + at, da + at, db + at, length, N - 64, stride, scale, PAIR)
+            barrier()
+            if i + 1 < chunks:
+                fused_part_copies(rr, ww, kk, aa, bb, r + ahead, log_w + ahead, k + ahead, a + ahead, b + ahead, 1, row, col,
+                                  64, N, stride)
+        async_copy.commit_group()
+        base -= 64 * stride
+        base_v -= 64 * stride_v
+        length += 64
+        chunk -= 1
+    if NEED_STATE:
+        gl.store(d_state_in + corner + val * N + key, grad0, mask=(key < N) & (val < N))
+        if BN == 128:
+            gl.store(d_state_in + corner + val * N + key + 64, grad1, mask=(key < N - 64) & (val < N))
