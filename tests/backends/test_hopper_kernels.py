@@ -79,7 +79,9 @@ def product(a: Box | Tensor, b: Box, acc: Tensor, use_acc: bool = True, is_async
     return out + acc if use_acc else out
 
 
-def choose(condition: object, a: object, b: object) -> Tensor:
+def choose(condition: object, a: object, b: object) -> Tensor | Index:
+    if isinstance(condition, bool) and isinstance(a, int) and isinstance(b, int):
+        return Index(a if condition else b)
     a, b = (x.float() if isinstance(x, Tensor) else torch.tensor(x) for x in (a, b))
     return torch.where(torch.as_tensor(condition), a, b)
 
@@ -115,7 +117,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         allocate_shared_memory=lambda dtype, shape, layout: Box(torch.full(shape, float("nan"), dtype=dtype)),
         inline_asm_elementwise=lambda asm, places, arguments, **_: arguments[0],
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), exp2=torch.exp2, store=copy_out,
-        sum=lambda x, axis: x.sum(axis), maximum=lambda x, low: x.clamp(min=low), barrier=lambda: None)
+        sum=lambda x, axis: x.sum(axis), maximum=lambda x, low: x.clamp(min=low), minimum=min, barrier=lambda: None)
     hopper = ModuleType("hopper")
     copies = SimpleNamespace(async_copy_global_to_shared=copy_in, commit_group=lambda: None, wait_group=lambda n: None)
     vars(hopper).update(warpgroup_mma=product, warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else deps,
@@ -183,7 +185,7 @@ def test_gradients_match_float64(number: int, N: int, run: object) -> None:
             x["d_states"], *grads.values(), *sizes, N, 8, 4, 16.0, False)
     else:
         run("wkv7_hopper", "wkv7_hopper_grad_kernel", programs, x["q"], x["log_w"], x["k"], x["v"], x["a"], x["b"], x["u"],
-            x["states"], x["d_out"], x["du"], x["d_states"], *grads.values(), *sizes, N, 0.6126, False)
+            x["states"], x["d_out"], x["du"], x["d_states"], *grads.values(), *sizes, N, 0.6126, False, False)
     for name, grad in grads.items():
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
 
@@ -212,8 +214,8 @@ def test_fused_forward_matches_float64(N: int, run: object) -> None:
     assert not solve.isnan().any() and not a_rb.isnan().any()
 
 
-@pytest.mark.parametrize("N", [64, 96])
-def test_fused_backward_matches_float64(N: int, run: object) -> None:
+@pytest.mark.parametrize("N,split", [(64, False), (96, False), (64, True), (96, True)])
+def test_fused_backward_matches_float64(N: int, split: bool, run: object) -> None:
     T, width = 150, 64 if N == 64 else 128
     x, want = recurrence(T, N, 0.6, True)
     start, last, d_last = torch.zeros(N, N), torch.zeros(N, N), torch.zeros(N, N)
@@ -226,8 +228,17 @@ def test_fused_backward_matches_float64(N: int, run: object) -> None:
         True, True, False)
     grads = {name: torch.full((T, N), float("nan"), dtype=torch.bfloat16) for name in ("q", "log_w", "k", "v", "a", "b")}
     d_start = torch.full((N, N), float("nan"))
-    run("wkv7_fused", "wkv7_fused_backward_kernel", [(0, 0)], *inputs, u, states, solve, a_rb, x["d_out"], d_last,
-        *grads.values(), d_start, *sizes, True, True, False)
+    if split:
+        r, log_w, k, v, a, b = inputs
+        du, d_states = torch.zeros_like(u), torch.zeros_like(states)
+        run("wkv7_fused", "wkv7_fused_reverse_kernel", [(0, 0)], r, log_w, k, a, b, solve, a_rb, x["d_out"], d_last, grads["v"],
+            du, d_states, d_start, None, None, Index(T), Index(3), 1, *sizes[6:], True, True, False)
+        chunks = [(part, 0, chunk) for part in range(width // 64) for chunk in range(3)]
+        run("wkv7_hopper", "wkv7_hopper_grad_kernel", chunks, *inputs, u, states, x["d_out"], du, d_states,
+            *(grads[name] for name in ("q", "log_w", "k", "a", "b")), None, *sizes[:7], N, 0.6126, True, False)
+    else:
+        run("wkv7_fused", "wkv7_fused_backward_kernel", [(0, 0)], *inputs, u, states, solve, a_rb, x["d_out"], d_last,
+            *grads.values(), d_start, *sizes, True, True, False)
     for name, grad in grads.items():
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
     assert (d_start.T.double() - want["state"]).norm() / want["state"].norm() < 5e-3

