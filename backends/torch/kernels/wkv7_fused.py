@@ -90,6 +90,7 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
                               SAVE: gl.constexpr, VARLEN: gl.constexpr):
     """Outputs and the last state; for training also u, the state before each chunk, solution matrices and A_rb."""
     WARPS: gl.constexpr = BN // 16
+    PARTS: gl.constexpr = BN // 64
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 64, 16])
     PAIR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 256 // WARPS, 16])
@@ -120,28 +121,20 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
     t = gl.arange(0, 64, gl.SliceLayout(1, PAIR))[:, None]
     s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
 
-    rr = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
-    ww = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
-    aa = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
-    vv = gl.allocate_shared_memory(gl.bfloat16, [64, BN], BOX)
-    kks = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BN], BOX)
-    bbs = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BN], BOX)
+    rs = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BN], BOX)
+    ws = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BN], BOX)
+    as_ = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BN], BOX)
+    vs = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BN], BOX)
+    # Keys are needed to the end of a chunk: at 128 channels there is room to fetch the next beside them.
+    ks = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, BN], BOX)
+    bs = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, BN], BOX)
     # The rounded state; once it has been read, the right-hand sides and u.
     states = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BN], BOX)
-    rhs_box, uu = states.index(0), states.index(1)
-    other16 = states._reinterpret(gl.float16, [BN // 32, 64, 64], BOX).index(BN // 64)
-    if BN == 128:
-        state_box = states._reinterpret(gl.bfloat16, [128, 128], BOX)
-    else:
-        state_box = states.index(0)
-    ak_box = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
-    rk_box = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
-    rb_box = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
-    signs = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
-    lower16 = gl.allocate_shared_memory(gl.float16, [64, 64], BOX)
-    inverse16 = gl.allocate_shared_memory(gl.float16, [64, 64], BOX)
-    step16 = gl.allocate_shared_memory(gl.float16, [64, 64], BOX)
-    solve_box = lower16._reinterpret(gl.bfloat16, [64, 64], BOX)
+    sign_boxes = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], BOX)
+    rb_boxes = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], BOX)
+    ak_boxes = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], BOX)
+    rk_boxes = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], BOX)
+    solve_boxes = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 64], BOX)
     early = gl.allocate_shared_memory(gl.float32, [BN], LINE)
     late = gl.allocate_shared_memory(gl.float32, [BN], LINE)
 
@@ -149,19 +142,34 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
     if HAS_STATE:
         state = gl.load(state_in + corner + val * N + key, mask=inside, other=0.0)
     # Sums of the log-decays from the chunk's middle are products with these.
-    signs.store(decay_signs(t, s))
+    sign_boxes.index(0).store(decay_signs(t, s))
     chunks = ((length + 63) // 64).to(gl.int32)
-    box_copy(ww, log_w + base, row, col, length, N, stride)
-    box_copy(kks.index(0), k + base, row, col, length, N, stride)
-    box_copy(bbs.index(0), b + base, row, col, length, N, stride)
-    box_copy(rr, r + base, row, col, length, N, stride)
-    box_copy(aa, a + base, row, col, length, N, stride)
+    box_copy(ws.index(0), log_w + base, row, col, length, N, stride)
+    box_copy(ks.index(0), k + base, row, col, length, N, stride)
+    box_copy(bs.index(0), b + base, row, col, length, N, stride)
+    box_copy(rs.index(0), r + base, row, col, length, N, stride)
+    box_copy(as_.index(0), a + base, row, col, length, N, stride)
     async_copy.commit_group()
-    box_copy(vv, v + base_v, row, col, length, N, stride_v)
+    box_copy(vs.index(0), v + base_v, row, col, length, N, stride_v)
     async_copy.commit_group()
     for i in range(0, chunks):
         place = chunk * H + h
-        kk, bb = kks.index(i % 2), bbs.index(i % 2)
+        # Where a box lies is computed in each turn: kept from turn to turn the places would take half of the registers.
+        nil = in_place(i) - i
+        kk, bb = ks.index(i % PARTS), bs.index(i % PARTS)
+        rr, ww, aa, vv = rs.index(nil), ws.index(nil), as_.index(nil), vs.index(nil)
+        rhs_box, uu = states.index(nil), states.index(nil + 1)
+        if BN == 128:
+            state_box = states._reinterpret(gl.bfloat16, [1, 128, 128], BOX).index(nil)
+        else:
+            state_box = states.index(nil)
+        signs, rb_box, ak_box, rk_box = sign_boxes.index(nil), rb_boxes.index(nil), ak_boxes.index(nil), rk_boxes.index(nil)
+        solve_box = solve_boxes.index(nil)
+        # The pair matrices of k are used up before the inversion.
+        step16 = ak_boxes._reinterpret(gl.float16, [1, 64, 64], BOX).index(nil)
+        inverse16 = rk_boxes._reinterpret(gl.float16, [1, 64, 64], BOX).index(nil)
+        lower16 = solve_boxes._reinterpret(gl.float16, [1, 64, 64], BOX).index(nil)
+        other16 = states._reinterpret(gl.float16, [2 * PARTS, 64, 64], BOX).index(nil + PARTS)
         t = in_place(gl.arange(0, 64, gl.SliceLayout(1, PAIR)))[:, None]
         s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
         async_copy.wait_group(1)
@@ -195,8 +203,9 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
         length -= 64
         base += 64 * stride
         box_copy(ww, log_w + base, row, col, length, N, stride)
-        box_copy(kks.index((i + 1) % 2), k + base, row, col, length, N, stride)
-        box_copy(bbs.index((i + 1) % 2), b + base, row, col, length, N, stride)
+        if PARTS == 2:
+            box_copy(ks.index((i + 1) % 2), k + base, row, col, length, N, stride)
+            box_copy(bs.index((i + 1) % 2), b + base, row, col, length, N, stride)
         box_copy(rr, r + base, row, col, length, N, stride)
         box_copy(aa, a + base, row, col, length, N, stride)
         async_copy.commit_group()
@@ -204,13 +213,19 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
         rhs = warpgroup_mma(ak_box, vv, rhs, is_async=True)
         state = warpgroup_mma(kk.permute((1, 0)), vv, state, is_async=True)
         o, rhs, state = warpgroup_mma_wait(0, [o, rhs, state])
+        barrier()
         inverse = chunk_inverse(gl.where(t > s, ab, 0.0), lower16, inverse16, other16, step16, PAIR).to(gl.bfloat16)
         solve_box.store(inverse)
-        rhs_box.store(rhs.to(gl.bfloat16))
+        # In two parts: the solution may be small beside what it is made from.
+        split_store(rhs_box, uu, rhs)
         if SAVE:
             gl.store(solve + place * 4096 + t * 64 + s, inverse)
         sync_boxes()
-        uu.store(warpgroup_mma(solve_box, rhs_box, zero, use_acc=False).to(gl.bfloat16))
+        u = warpgroup_mma(solve_box, uu, zero, use_acc=False, is_async=True)
+        u = warpgroup_mma(solve_box, rhs_box, u, is_async=True)
+        u = warpgroup_mma_wait(0, [u])
+        barrier()
+        uu.store(u.to(gl.bfloat16))
         sync_boxes()
         o = warpgroup_mma(rb_box, uu, o, is_async=True)
         state = warpgroup_mma(bb.permute((1, 0)), uu, state, is_async=True)
@@ -222,6 +237,10 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
         state = state * decay
         barrier()
         base_v += 64 * stride_v
+        if PARTS == 1:
+            box_copy(kk, k + base, row, col, length, N, stride)
+            box_copy(bb, b + base, row, col, length, N, stride)
+            async_copy.commit_group()
         box_copy(vv, v + base_v, row, col, length, N, stride_v)
         async_copy.commit_group()
         chunk += 1
@@ -605,13 +624,17 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
         du_sum, v_grad, ak, rk = warpgroup_mma_wait(0, [du_sum, v_grad, ak, rk])
         ak_box.store(gl.where(t > s, ak, 0.0).to(gl.bfloat16))
         rk_box.store(gl.where(t >= s, rk, 0.0).to(gl.bfloat16))
-        xx.store(du_sum.to(gl.bfloat16))
+        split_store(xx, dw, du_sum)
         for part in gl.static_range(PARTS):
             box_save(d_checkpoint + place * (N * N) + part * 64 * N, new.index(part), row, wide, N - part * 64, N, N, FLAT)
         sync_boxes()
         fused_reverse_copies(ww, bb, pairs, log_w, b, solve, a_rb, ahead, place - H, row, col, gl.where(last, 0, 64), N,
                              stride, PARTS)
-        dw.store(warpgroup_mma(solve_box.permute((1, 0)), xx, none, use_acc=False).to(gl.bfloat16))
+        du_sum = warpgroup_mma(solve_box.permute((1, 0)), dw, none, use_acc=False, is_async=True)
+        du_sum = warpgroup_mma(solve_box.permute((1, 0)), xx, du_sum, is_async=True)
+        du_sum = warpgroup_mma_wait(0, [du_sum])
+        barrier()
+        dw.store(du_sum.to(gl.bfloat16))
         sync_boxes()
         box_copy(solve_box, solve + (place - H) * 4096, row, col, gl.where(last, 0, 64), 64, 64)
         v_grad = warpgroup_mma(rk_box.permute((1, 0)), do, v_grad, is_async=True)
