@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 KERNELS = "radlads.backends.torch.kernels."
-HOPPER_MODULES = ("wkv6_hopper", "wkv7_hopper", "wkv7_fused")
+HOPPER_MODULES = ("wkv6_hopper", "wkv7_hopper", "wkv7_fused", "wkv6_fused")
 
 
 class Index(int):
@@ -242,3 +242,30 @@ def test_fused_backward_matches_float64(N: int, split: bool, run: object) -> Non
     for name, grad in grads.items():
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
     assert (d_start.T.double() - want["state"]).norm() / want["state"].norm() < 5e-3
+
+
+@pytest.mark.parametrize("N,levels", [(64, 3), (96, 4)])
+def test_fused_attention_matches_float64(N: int, levels: int, run: object) -> None:
+    T, width = 150, 64 if N == 64 else 128
+    x, want = recurrence(T, N, 7.0, False)
+    start, last, d_start = torch.zeros(N, N), torch.full((N, N), float("nan")), torch.full((N, N), float("nan"))
+    states, d_states = (torch.full((3, N, N), float("nan"), dtype=torch.bfloat16) for _ in range(2))
+    out = torch.full((T, N), float("nan"), dtype=torch.bfloat16)
+    grads = {name: torch.full((T, N), float("nan"), dtype=torch.bfloat16) for name in ("q", "log_w", "k", "v")}
+    sizes = (None, None, Index(T), Index(3), 1, 1, 1, 0.5, N, width, 128 >> levels, levels, 8.0)
+    inputs = (x["q"], x["log_w"], x["k"])
+    run("wkv6_fused", "wkv6_fused_kernel", [(0, 0)], *inputs, x["v"], start, out, states, last, *sizes, False, True, True, True,
+        False)
+    run("wkv6_fused", "wkv6_fused_kernel", [(0, 0)], *inputs, x["d_out"], torch.zeros(N, N), grads["v"], d_states, d_start,
+        *sizes, True, True, True, True, False)
+    chunks = [(part, 0, chunk) for part in range(width // 64) for chunk in range(3)]
+    run("wkv6_hopper", "wkv6_hopper_grad_kernel", chunks, *inputs, x["v"], states, x["d_out"], d_states, grads["q"],
+        grads["log_w"], grads["k"], None, None, None, Index(T), Index(3), 1, 1, 0.5, N, 128 >> levels, levels, 8.0, False)
+    state, outs = torch.zeros(N, N, dtype=torch.float64), []
+    for t in range(T):
+        q, k, v, log_w = (x[name][t].double() for name in ("q", "k", "v", "log_w"))
+        state = state * log_w.exp() + v[:, None] * k
+        outs.append(0.5 * state @ q)
+    pairs = [(out, torch.stack(outs)), (last, state), (d_start.T, want["state"]), *((grads[n], want[n]) for n in grads)]
+    for found, right in pairs:
+        assert (found.double() - right).norm() / right.norm() < 5e-3

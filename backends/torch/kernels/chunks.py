@@ -13,14 +13,17 @@ from radlads.backends.torch.kernels.lang import tl, triton
 
 # e^±DECAY_SPAN times an activation stays inside bfloat16 and float32.
 DECAY_SPAN = 64.0
-# Below this a log-decay changes nothing that float32 can hold (e^-16 = 1e-7), so larger ones are clamped to it.
-DECAY_CLAMP = 16.0
+# Log-decays below this are clamped to it: what is left of the state by then (e^-16 = 1e-7, e^-8 = 3e-4) is less than a tenth
+# of the rounding of the activations.
+DECAY_CLAMP = {torch.float32: 16.0, torch.bfloat16: 8.0}
 
 
-def decay_block(chunk: int, min_log_w: float | None) -> tuple[int, float]:
+def decay_block(chunk: int, min_log_w: float | None, dtype: torch.dtype) -> tuple[int, float]:
     """Tokens per centred block and the clamp that make every factor finite for log-decays >= min_log_w."""
+    floor = DECAY_CLAMP[dtype]
     # A bound survives rounding to bfloat16 only with some slack: the clamp must not change a value within it.
-    floor = DECAY_CLAMP if min_log_w is None else min(DECAY_CLAMP, -1.01 * min_log_w)
+    if min_log_w is not None:
+        floor = min(floor, -1.01 * min_log_w)
     if floor * chunk / 2 <= DECAY_SPAN:
         return chunk, floor
     return 1 << int(math.log2(2 * DECAY_SPAN / floor)), floor

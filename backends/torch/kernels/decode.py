@@ -41,11 +41,11 @@ def wkv_step_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | None
         return wkv_step_plain(r, log_w, k, v, a, b, state, slots, scale)
     out = torch.empty_like(v)
     inputs = [None if x is None else x.contiguous() for x in (r, log_w, k, v, a, b)]
-    # Few rows a program at small batches: the card is filled by programs, not by the width of one.
-    rows = 4 if B * H < 256 else 16
+    # A warp a program: nothing waits for another warp, at no batch were wider programs faster.
+    rows = 4
     wkv_step_kernel[(triton.cdiv(N, rows), H, B)](
         *inputs, state, slots, out, H, scale, N=N, BK=triton.next_power_of_2(N), BV=rows, REMOVE=a is not None,
-        HAS_SLOTS=slots is not None, num_warps=1 if rows == 4 else 4)
+        HAS_SLOTS=slots is not None, num_warps=1)
     return out
 
 

@@ -75,7 +75,7 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
     B, T, _, N = q.shape
     # float32 tiles of 64 tokens do not fit in shared memory.
     C = 64 if q.dtype == torch.bfloat16 else 32
-    diag, clamp = decay_block(C, min_log_w)
+    diag, clamp = decay_block(C, min_log_w, q.dtype)
     NT = triton.cdiv(T, C)
     chunk_seq, chunk_start = chunk_tables(cu_seqlens, C, T) if cu_seqlens is not None else (None, None)
     seqs = B if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -94,9 +94,11 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
     }
 
 
-# Head sizes whose Gluon gradient a card has confirmed in its present form. An earlier form was right at 96 and 128 and wrong
-# in d(log_w) at 64; after the repair no card has run it, so every head size keeps the portable kernel.
-WKV6_HOPPER_HEADS: tuple[int, ...] = (64, 96, 128)
+# Head sizes that the Gluon kernels serve.
+WKV6_HOPPER_HEADS = (64, 96, 128)
+# One program a sequence and head keeps everything on the chip but takes a chunk after the other; below so many programs the
+# kernels that take all chunks at once are faster.
+WKV6_FUSED_PROGRAMS = 48
 
 
 def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
@@ -104,6 +106,23 @@ def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
     half = q.dtype == torch.bfloat16 and log_w.dtype == torch.bfloat16
     return (half and q.shape[-1] in WKV6_HOPPER_HEADS and HAS_GLUON and torch.version.hip is None
             and torch.cuda.get_device_capability(q.device)[0] == 9)
+
+
+def wkv6_is_fused(q: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
+    return plan["seqs"] * q.shape[2] >= WKV6_FUSED_PROGRAMS and wkv6_has_hopper(q, log_w)
+
+
+def wkv6_fused(q: Tensor, log_w: Tensor, k: Tensor, v: Tensor, state: Tensor | None, out: Tensor, checkpoint: Tensor,
+               final: Tensor, scale: float, plan: dict[str, object], *, reverse: bool, save: bool, last: bool) -> None:
+    """Forward, or REVERSE, as wkv6_fused_kernel describes them."""
+    cu, _, chunk_start = plan["tables"]
+    H, N = q.shape[2:]
+    width = 128 if N > 64 else 64
+    kernels = import_module("radlads.backends.torch.kernels.wkv6_fused")
+    kernels.wkv6_fused_kernel[(H, plan["seqs"])](
+        q, log_w, k, v, state, out, checkpoint, final, cu, chunk_start, plan["T"], plan["NT"], H, k.shape[2], v.shape[2],
+        scale, N=N, BN=width, CLAMP=plan["common"]["CLAMP"], **plan["pairs"], REVERSE=reverse, HAS_STATE=state is not None,
+        SAVE=save, LAST=last, VARLEN=cu is not None, num_warps=width // 16)
 
 
 def wkv6_pairs(q: Tensor, log_w: Tensor, k: Tensor, scale: float, plan: dict[str, object]) -> Tensor:
@@ -126,6 +145,9 @@ def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tenso
     out = torch.empty_like(q)
     final = q.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     checkpoint = q.new_empty((plan["chunks"], H, N, N) if save else 0)
+    if wkv6_is_fused(q, log_w, plan):
+        wkv6_fused(q, log_w, k, v, state, out, checkpoint, final, scale, plan, reverse=False, save=save, last=True)
+        return out, final, checkpoint
     pairs = wkv6_pairs(q, log_w, k, scale, plan)
     sizes = (plan["T"], plan["NT"], H, k.shape[2], scale)
     wkv6_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
@@ -161,11 +183,16 @@ def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor
     dq, dk, dv = (torch.empty_like(q) for _ in range(3))
     d_log_w = torch.empty_like(log_w)
     sizes = (plan["T"], plan["NT"], H, Hk, scale)
+    d_final = None if d_final is None else d_final.contiguous()
     # The scores are made again rather than kept: with them the state would not fit in half a KiB a token and head.
-    wkv6_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
-        q, log_w, k, wkv6_pairs(q, log_w, k, scale, plan), d_out, None if d_final is None else d_final.contiguous(), dv,
-        d_checkpoint, d_state, cu, chunk_start, *sizes, **plan["common"], BK=64, BV=plan["tile"]["reverse"],
-        HAS_STATE=d_final is not None, NEED_STATE=need_state, **plan["launch"]["reverse"])
+    if wkv6_is_fused(q, log_w, plan):
+        wkv6_fused(q, log_w, k, d_out, d_final, dv, d_checkpoint, d_state, scale, plan, reverse=True, save=True,
+                   last=need_state)
+    else:
+        wkv6_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
+            q, log_w, k, wkv6_pairs(q, log_w, k, scale, plan), d_out, d_final, dv, d_checkpoint, d_state, cu, chunk_start,
+            *sizes, **plan["common"], BK=64, BV=plan["tile"]["reverse"], HAS_STATE=d_final is not None,
+            NEED_STATE=need_state, **plan["launch"]["reverse"])
     arguments = (q, log_w, k, v, checkpoint, d_out, d_checkpoint, dq, d_log_w, dk, cu, chunk_seq, chunk_start, *sizes)
     if wkv6_has_hopper(q, log_w):
         kernels = import_module("radlads.backends.torch.kernels.wkv6_hopper")

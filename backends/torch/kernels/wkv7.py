@@ -100,7 +100,7 @@ def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float
     precision = chunk_precision(v.dtype, v.device)
     # float32 tiles of 64 tokens do not fit in shared memory.
     C = 64 if v.dtype == torch.bfloat16 else 32
-    diag, clamp = decay_block(C, min_log_w)
+    diag, clamp = decay_block(C, min_log_w, v.dtype)
     NT = triton.cdiv(T, C)
     chunk_seq, chunk_start = chunk_tables(cu_seqlens, C, T) if cu_seqlens is not None else (None, None)
     wide = int(N > 64)
@@ -179,7 +179,7 @@ def wkv7_forward_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
     C = 64 if v.dtype == torch.bfloat16 else 32
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + seqs
-    pairs = (chunks, H, C, C) if save and decay_block(C, min_log_w)[0] == C else 0
+    pairs = (chunks, H, C, C) if save and decay_block(C, min_log_w, v.dtype)[0] == C else 0
     return (torch.empty_like(r), r.new_empty((seqs, H, N, N), dtype=torch.float32),
             torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0),
             r.new_empty(pairs), r.new_empty(pairs))

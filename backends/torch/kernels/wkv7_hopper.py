@@ -101,7 +101,8 @@ def wkv7_hopper_grad_kernel(r, log_w, k, v, a, b, u, checkpoint, d_out, du, d_ch
     corner = (chunk * H + h).to(gl.int64) * (N * N) + part * N
     row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
     col = gl.arange(0, 64, gl.SliceLayout(0, FLAT))
-    width = N - part
+    # Known ahead where it may be: masks cost registers.
+    width = 64 if N % 64 == 0 else N - part
 
     do0 = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
     do1 = gl.allocate_shared_memory(gl.bfloat16, [64, 64], BOX)
