@@ -1,9 +1,10 @@
 """Times the WKV training kernels on one GPU against the byte floor and, where importable, flash-linear-attention.
 
 Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers] [--profile] [--float32-gates] [--unbounded]
-     python bench/wkv.py --decode
-Prints one row per op and shape, last. Floor: each bf16 input read once and each output written once, at the bandwidth of a
-large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
+     python bench/wkv.py --decode | --decode-model
+Prints one row per op and shape, last. Calls are queued without waiting in between, as in training, and timed by events on the
+device; the L2 cache is overwritten before each. Floor: each bf16 input read once and each output written once, at the bandwidth
+of a large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
 """
 import argparse
 import math
@@ -51,7 +52,7 @@ def peers(op: str) -> dict[str, Callable[..., Tensor]]:
         return {"chunk_gla": lambda q, k, v, w: chunk_gla(q, k, v, w)[0]}
     from fla.ops.rwkv7 import chunk_rwkv7
     return {f"chunk_rwkv7 c{size}": lambda *x, size=size: chunk_rwkv7(
-        *x, safe_gate=True, lower_bound=BOUND, chunk_size=size)[0] for size in (32, 64)}
+        *x, safe_gate=True, lower_bound=BOUND, chunk_size=size)[0] for size in (16, 32, 64)}
 
 
 def exact(op: str, inputs: list[Tensor]) -> Tensor:
@@ -83,19 +84,20 @@ def errors(op: str, fn: Callable[..., Tensor], inputs: list[Tensor]) -> str:
 
 
 def milliseconds(fn: Callable[[], object], flush: Tensor, repeats: int = 15) -> float:
-    """Median by device events; the L2 cache is overwritten before each call."""
+    """Median by device events; the L2 cache is overwritten before each call, and the host runs ahead."""
     for _ in range(3):
         fn()
-    times = []
+    torch.cuda.synchronize()
+    events = []
     for _ in range(repeats):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         fn()
         end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def copy_bandwidth(flush: Tensor) -> float:
@@ -179,14 +181,48 @@ def decode(op: str, batch: int, H: int, N: int) -> str:
             f"{rate:5.1f} % of its speed")
 
 
+def decode_model(arch: str) -> list[str]:
+    """Tokens a second of a student of Qwen2.5-7B's shape, random weights: one CUDA graph a token, greedy."""
+    from bench.step import random_model
+    from radlads.backends.torch.decode import Rows, captured, logits_of
+    from radlads.shapes import SHAPES
+    model = random_model(SHAPES["qwen2.5-7b"].as_student(arch), "cuda").requires_grad_(False)
+    read = sum(x.nbytes for name, x in model.named_parameters() if not name.endswith("embed_tokens.weight"))
+    lines = []
+    for batch in (1, 8, 64, 128):
+        rows = Rows(model, batch, 1)
+        tokens = torch.zeros(batch, dtype=torch.long, device="cuda")
+
+        def step(rows: Rows = rows, tokens: Tensor = tokens) -> None:
+            tokens.copy_(logits_of(model, rows.step(tokens)).argmax(-1))
+
+        run = captured(step, rows, torch.Generator("cuda"))
+        took = milliseconds(run, torch.empty(0, device="cuda"), 20)
+        states = 2 * sum(x.nbytes for layer in rows.layers for name, x in layer.items() if name == "wkv")
+        lines.append(f"{arch} 7B graph  batch {batch:4d}  {took:7.3f} ms a token  {1e3 * batch / took:9.0f} tok/s  "
+                     f"{(read + states) / took / 1e9:5.2f} TB/s of weights and states")
+    return lines
+
+
+def geometric_means(rows: list[tuple[str, int, float, float]]) -> list[str]:
+    """Per op and head size, over the shapes: percent of the floor forward and forward+backward."""
+    lines = []
+    for op, N in dict.fromkeys(row[:2] for row in rows):
+        part = [row[2:] for row in rows if row[:2] == (op, N)]
+        means = [math.exp(statistics.fmean(math.log(x) for x in column)) for column in zip(*part, strict=True)]
+        lines.append(f"{op} head size {N}: {means[0]:.1f} and {means[1]:.1f} % of the floor over {len(part)} shapes")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES, help="BxTxHxN, comma-separated")
-    parser.add_argument("--ops", default="rwkv7,rwkv6")
+    parser.add_argument("--ops", default="rwkv7,rwkv6", help="rwkv7, rwkv6 or both")
     parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention (tunes for minutes when cold)")
     parser.add_argument("--profile", action="store_true", help="also print milliseconds per kernel")
     parser.add_argument("--float32-gates", action="store_true")
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
+    parser.add_argument("--decode-model", action="store_true", help="time a whole model of 7B, a token at a time, instead")
     parser.add_argument("--unbounded", action="store_true", help="RWKV-7 without the decay bound")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -200,8 +236,13 @@ def main() -> None:
             for batch in (1, 32, 128):
                 print(decode(op, batch, 28, 128), flush=True)
         return
+    if options.decode_model:
+        for op in options.ops.split(","):
+            print(*decode_model(op), sep="\n", flush=True)
+            torch.cuda.empty_cache()
+        return
     gates = torch.float32 if options.float32_gates else torch.bfloat16
-    rows, accuracy = [], []
+    rows, accuracy, shares = [], [], []
     for op in options.ops.split(","):
         fn = ours(op, None if options.unbounded else BOUND)
         for shape in options.shapes.split(","):
@@ -210,6 +251,7 @@ def main() -> None:
                 accuracy.append(f"{op} errors: {errors(op, fn, inputs)}")
             forward, both, row = measure(f"radlads {op}", op, fn, inputs, bandwidth, flush, options.profile)
             rows.append(row)
+            shares.append((op, inputs[0].shape[-1], *(float(x) for x in row.split()[-3:-1])))
             for name, peer in (peers(op) if options.peers else {}).items():
                 peer_forward, peer_both, row = measure(name, op, peer, inputs, bandwidth, flush, options.profile)
                 rows.append(f"{row} {peer_forward / forward:6.2f} {peer_both / both:6.2f}")
@@ -217,7 +259,7 @@ def main() -> None:
     print(*accuracy, sep="\n")
     print(f"{'op':28s} {'BxTxHxN':16s} {'fwd ms':>7s} {'f+b ms':>8s} {'floors ms':>13s} {'% of floor':>11s} {'GiB':>6s} "
           "peer/ours fwd, f+b")
-    print(*rows, sep="\n")
+    print(*rows, *geometric_means(shares), sep="\n")
 
 
 if __name__ == "__main__":

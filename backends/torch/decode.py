@@ -56,7 +56,7 @@ class Rows:
         """One more token (count,) to each row; hidden states (count, D). Nothing waits for the device."""
         decoder = self.model.model
         x = decoder.embed_tokens(tokens)[:, None]
-        context = MixContext(decoder.rotary(self.seen[None], x.dtype))
+        context = MixContext(decoder.rotary(self.seen[None], x.dtype), in_place=True)
         filled = self.seen + 1
         layers: list[Any] = list(decoder.layers)
         for layer, mixer, held in zip(layers, self.model.spec.mixers, self.layers, strict=True):
@@ -66,7 +66,8 @@ class Rows:
             else:
                 mixed, new = layer.self_attn(normed, context, held)
                 for name, value in new.items():
-                    held[name].copy_(value)
+                    if value is not held[name]:
+                        held[name].copy_(value)
                 x = x + mixed
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.seen += 1

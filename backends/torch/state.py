@@ -22,12 +22,16 @@ class ModelState:
 
 @dataclass
 class MixContext:
-    """What all layers of one call share; `carry` holds the first recurrent layer's values (7.5), and keys (H.4)."""
+    """What all layers of one call share; `carry` holds the first recurrent layer's values (7.5), and keys (H.4).
+
+    in_place: one token of every row, without gradients; states that are given are overwritten with the new ones.
+    """
 
     cos_sin: tuple[Tensor, Tensor]
     visible: Tensor | None = None
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    in_place: bool = False
     carry: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -44,7 +44,14 @@ KERNELS = {
     "wkv_step": decode.wkv_step_kernel,
 }
 # Written in Gluon for one target, each beside a portable kernel of the same meaning.
-HOPPER_KERNELS = {"wkv6_hopper": "wkv6_hopper_grad_kernel", "wkv7_hopper": "wkv7_hopper_grad_kernel"}
+HOPPER_KERNELS = {
+    "wkv6_hopper": ("wkv6_hopper", "wkv6_hopper_grad_kernel", {}),
+    "wkv7_hopper": ("wkv7_hopper", "wkv7_hopper_grad_kernel", {}),
+    "wkv6_fused": ("wkv6_fused", "wkv6_fused_kernel", {"REVERSE": False, "DIAG": 8, "LEVELS": 4, "warps": 8}),
+    "wkv7_fused": ("wkv7_fused", "wkv7_fused_forward_kernel", {"warps": 8}),
+    "wkv7_fused_reverse": ("wkv7_fused", "wkv7_fused_reverse_kernel", {"warps": 8}),
+    "wkv7_fused_narrow": ("wkv7_fused", "wkv7_fused_forward_kernel", {"N": 64, "BN": 64}),
+}
 TARGETS = {"sm_80": (("cuda", 80, 32), 163 * 1024), "sm_90": (("cuda", 90, 32), 227 * 1024),
            "gfx942": (("hip", "gfx942", 64), 64 * 1024)}
 
@@ -121,8 +128,12 @@ def interpret(name: str) -> None:
     print(json.dumps(errors(name, torch.float32, "cpu")))
 
 
-def compile_kernel(name: str) -> None:
-    """Compiles one kernel for every target and prints {target: {"shared": bytes, "stack": bytes or None}}."""
+def compile_kernels() -> None:
+    """Compiles every kernel for every target and prints {kernel: {target: {"shared": bytes, "stack": bytes or None}}}."""
+    print(json.dumps({name: compile_kernel(name) for name in (*KERNELS, *HOPPER_KERNELS)}))
+
+
+def compile_kernel(name: str) -> dict[str, dict[str, int | None]]:
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -130,21 +141,26 @@ def compile_kernel(name: str) -> None:
     hopper = name in HOPPER_KERNELS
     if hopper:
         from triton.experimental.gluon._runtime import GluonASTSource
-        module = import_module(f"radlads.backends.torch.kernels.{name}")
-    kernel = getattr(module, HOPPER_KERNELS[name]) if hopper else KERNELS[name]
+        module, kernel_name, special = HOPPER_KERNELS[name]
+        kernel = getattr(import_module(f"radlads.backends.torch.kernels.{module}"), kernel_name)
+    else:
+        kernel, special = KERNELS[name], {}
     report = {}
     for target_name, (target, _) in TARGETS.items():
         if hopper and target_name != "sm_90":
             continue
         exact = "tf32x3" if target[0] == "cuda" else "ieee"
         rwkv7 = name.startswith("wkv7")
+        # Two levels of pairs: more repeat the second, at as much time again.
         constants = dict(N=128, BN=128, BK=128 if name == "wkv_step" else 64,
-                         BV={"wkv_step": 16}.get(name, 128 if name.endswith("grad") else 64), C=64, KNOWN=False,
-                         DIAG=64 if rwkv7 else 8, LEVELS=1 if rwkv7 else 4, CLAMP=0.60653 if rwkv7 else 16.0,
+                         BV={"wkv_step": 4}.get(name, 128 if name.endswith("grad") else 64), C=64, KNOWN=False,
+                         DIAG=64 if rwkv7 else 32, LEVELS=1 if rwkv7 else 2, CLAMP=0.60653 if rwkv7 else 4.0,
                          DOT=tl.bfloat16, PREC="tf32" if target[0] == "cuda" else "ieee", GATE_PREC=exact,
-                         SOLVE_PREC="tf32" if target[0] == "cuda" else "ieee", SOLVE_LEVELS=6, INLINE=True, VARLEN=False,
+                         SOLVE_LEVELS=6, VARLEN=False, CENTRED=True, LAST=True,
                          HAS_STATE=False, NEED_STATE=False, SAVE=True, REMOVE=True, HAS_SLOTS=False,
                          cu_seqlens=None, chunk_seq=None, chunk_start=None, state_in=None, d_state_out=None, slots=None)
+        constants |= special
+        warps = constants.pop("warps", 4)
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
         signature = {}
         for arg in kernel.arg_names:
@@ -158,9 +174,9 @@ def compile_kernel(name: str) -> None:
                 signature[arg] = "*fp32" if arg in ("state", "state_out", "d_state_in") else "*bf16"
         aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*"}
         source = (GluonASTSource if hopper else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-        built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": 4, "num_stages": 1})
+        built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps, "num_stages": 1})
         report[target_name] = {"shared": built.metadata.shared, "stack": stack_bytes(built.asm.get("cubin"))}
-    print(json.dumps(report))
+    return report
 
 
 def stack_bytes(cubin: bytes | None) -> int | None:
@@ -190,9 +206,15 @@ def test_interpreter_matches_float64(name: str) -> None:
     assert max(found) < FLOAT32_BAR, found
 
 
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, dict[str, int | None]]]:
+    """One process compiles all: most of a small one's time would be the import of PyTorch."""
+    return child("compile", TRITON_INTERPRET="0")
+
+
 @pytest.mark.parametrize("name", [*KERNELS, *HOPPER_KERNELS])
-def test_compiles_for_every_target(name: str, record_property: pytest.FixtureRequest) -> None:
-    report = child("compile", name, TRITON_INTERPRET="0")
+def test_compiles_for_every_target(name: str, compiled: dict, record_property: pytest.FixtureRequest) -> None:
+    report = compiled[name]
     record_property("resources", json.dumps(report))
     assert set(report) == ({"sm_90"} if name in HOPPER_KERNELS else set(TARGETS))
     for target, found in report.items():
@@ -201,7 +223,6 @@ def test_compiles_for_every_target(name: str, record_property: pytest.FixtureReq
 
 @pytest.mark.parametrize("module", [wkv6_module.wkv6_has_hopper, wkv7_module.wkv7_has_hopper])
 def test_hopper_kernels_serve_bfloat16_on_hopper_only(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wkv6_module, "WKV6_HOPPER_HEADS", (128,))
     x = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
     for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
@@ -261,4 +282,4 @@ def test_gpu_matches_float64(name: str, dtype: torch.dtype, bar: float) -> None:
 
 
 if __name__ == "__main__":
-    {"interpret": interpret, "compile": compile_kernel}[sys.argv[1]](sys.argv[2])
+    {"interpret": interpret, "compile": compile_kernels}[sys.argv[1]](*sys.argv[2:])

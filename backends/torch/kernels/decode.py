@@ -5,7 +5,7 @@ Each program owns a few value rows of one head, so a state is read once and writ
 import torch
 from torch import Tensor
 
-from radlads.backends.torch.kernels.lang import HAS_TRITON, tl, triton
+from radlads.backends.torch.kernels.lang import HAS_TRITON, OPERATOR_NAMESPACE, tl, triton
 
 
 def wkv6_step(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tensor, *, scale: float,
@@ -30,7 +30,7 @@ def step_repeat(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-@torch.library.custom_op("radlads::wkv_step", mutates_args={"state"})
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::wkv_step", mutates_args={"state"})
 def wkv_step_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, state: Tensor,
                 slots: Tensor | None, scale: float) -> Tensor:
     """The step of either recurrence; a and b are None for the one without removal."""

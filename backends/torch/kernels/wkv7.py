@@ -87,7 +87,6 @@ def wkv7_has_hopper(r: Tensor, log_w: Tensor) -> bool:
 # One program a sequence and head keeps everything on the chip but takes a chunk after the other; below so many programs the
 # kernels that take all chunks at once are faster.
 WKV7_FUSED_PROGRAMS = 48
-WKV7_FUSED_BACKWARD = False
 
 
 def wkv7_is_fused(r: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
@@ -165,7 +164,8 @@ def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b
         return out, final, u, checkpoint, solve, a_rb
     solve, a_rb, *factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
     wkv7_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
-        v, *factors, state, out, u, checkpoint, final, cu, chunk_start, *sizes, **plan["common"], BK=64, BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
+        v, *factors, state, out, u, checkpoint, final, cu, chunk_start, *sizes, **plan["common"], BK=64,
+        BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     if not (save and plan["centred"]):
         solve, a_rb = out.new_empty(0), out.new_empty(0)
     return out, final, u, checkpoint, solve, a_rb
@@ -191,7 +191,7 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
                      scale: float, min_log_w: float | None, need_state: bool
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b and the initial state (empty unless needed)."""
-    B, T, H, N = r.shape
+    H, N = r.shape[2:]
     Hv = v.shape[2]
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, chunk_seq, chunk_start = plan["tables"]
@@ -201,17 +201,8 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
     d_log_w = torch.empty_like(log_w)
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
-    if WKV7_FUSED_BACKWARD and wkv7_is_fused(r, log_w, plan):
-        kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
-        kernels.wkv7_fused_backward_kernel[(H, plan["seqs"])](
-            r, log_w, k, v, a, b, u, checkpoint, solve, a_rb, d_out, d_final, dr, d_log_w, dk, dv, da, db, d_state, cu,
-            chunk_start, *sizes, Hv, scale, N=N, BN=plan["width"], CLAMP=plan["gates"]["CLAMP"],
-            HAS_STATE=d_final is not None, NEED_STATE=need_state, VARLEN=cu_seqlens is not None,
-            num_warps=plan["width"] // 16)
-        return dr, d_log_w, dk, wkv7_value_grad(dv, Hv), da, db, d_state
     du = torch.empty_like(r)
     d_checkpoint = torch.empty_like(checkpoint)
-    # Of the factors only the two that cost most are kept: all together are as large as six of the inputs.
     fused = wkv7_is_fused(r, log_w, plan)
     if fused:
         kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
@@ -220,6 +211,7 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
             N=N, BN=plan["width"], CLAMP=plan["gates"]["CLAMP"], HAS_STATE=d_final is not None, NEED_STATE=need_state,
             VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
     else:
+        # Of the factors only the two that cost most are kept: all together are as large as six of the inputs.
         factors = wkv7_solve(r, log_w, k, a, b, scale, plan, (solve, a_rb) if plan["centred"] else None)
         wkv7_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](
             *factors, d_out, d_final, du, dv, d_checkpoint, d_state, cu, chunk_start, *sizes, **plan["common"], BK=64,

@@ -249,263 +249,7 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
 
 
 @gluon.jit
-def fused_part_copies(rr, ww, kk, aa, bb, r, log_w, k, a, b, part, row, col, length, width, stride):
-    """Starts the copies of 64 key channels of a chunk; the pointers are the chunk's."""
-    at = part * 64
-    box_copy(ww.index(part), log_w + at, row, col, length, width - at, stride)
-    box_copy(rr.index(part), r + at, row, col, length, width - at, stride)
-    box_copy(aa.index(part), a + at, row, col, length, width - at, stride)
-    box_copy(kk.index(part), k + at, row, col, length, width - at, stride)
-    box_copy(bb.index(part), b + at, row, col, length, width - at, stride)
-
-
-@gluon.jit
-def fused_part_grad(rq, ww, kk, aq, bb, old, do, dw, g_rk, g_rb, g_ak, g_ab, signs, since, before, k_state, b_state,
-                    totals, dr, d_log_w, dk, da, db, length, width, stride, scale, PAIR: gl.constexpr):
-    """Stores the gradients of 64 key channels; k_state and b_state are the state's share of the gradients of kk and bb."""
-    zero = gl.zeros([64, 64], gl.float32, PAIR)
-    span = warpgroup_mma(signs, ww, zero, use_acc=False, is_async=True)
-    grad = warpgroup_mma(do, old.permute((1, 0)), zero, use_acc=False, is_async=True)
-    grad = warpgroup_mma(g_rk, kk, grad, is_async=True)
-    grad = warpgroup_mma(g_rb, bb, grad, is_async=True)
-    span, grad = warpgroup_mma_wait(0, [span, grad])
-    rows_store(dr, grad * (decay_exp(span) * scale), length, width, stride, PAIR)
-    upto = rq.load(PAIR).to(gl.float32) * grad
-    grad = warpgroup_mma(dw, old.permute((1, 0)), zero, use_acc=False, is_async=True)
-    grad = warpgroup_mma(g_ak, kk, grad, is_async=True)
-    grad = warpgroup_mma(g_ab, bb, grad, is_async=True)
-    grad = warpgroup_mma_wait(0, [grad])
-    rows_store(da, grad * decay_exp(span - ww.load(PAIR).to(gl.float32)), length, width, stride, PAIR)
-    here = aq.load(PAIR).to(gl.float32) * grad
-    upto += here
-    w_grad = totals.load(gl.SliceLayout(0, PAIR))[None, :] - here
-    back = decay_exp(-span)
-    grad = warpgroup_mma(g_rk.permute((1, 0)), rq, zero, use_acc=False, is_async=True)
-    grad = warpgroup_mma(g_ak.permute((1, 0)), aq, grad, is_async=True)
-    grad = warpgroup_mma_wait(0, [grad])
-    rows_store(dk, (grad + k_state) * back, length, width, stride, PAIR)
-    factor = kk.load(PAIR).to(gl.float32)
-    upto -= factor * grad
-    after = factor * k_state
-    grad = warpgroup_mma(g_rb.permute((1, 0)), rq, zero, use_acc=False, is_async=True)
-    grad = warpgroup_mma(g_ab.permute((1, 0)), aq, grad, is_async=True)
-    grad = warpgroup_mma_wait(0, [grad])
-    rows_store(db, (grad + b_state) * back, length, width, stride, PAIR)
-    factor = bb.load(PAIR).to(gl.float32)
-    upto -= factor * grad
-    after += factor * b_state
-    barrier()
-    split_store(rq, aq, upto)
-    split_store(kk, bb, after)
-    sync_boxes()
-    w_grad = warpgroup_mma(since, aq, w_grad, is_async=True)
-    w_grad = warpgroup_mma(since, rq, w_grad, is_async=True)
-    w_grad = warpgroup_mma(before, bb, w_grad, is_async=True)
-    w_grad = warpgroup_mma(before, kk, w_grad, is_async=True)
-    w_grad = warpgroup_mma_wait(0, [w_grad])
-    rows_store(d_log_w, w_grad, length, width, stride, PAIR)
-
-
-@gluon.jit(do_not_specialize=["T", "NT"])
-def wkv7_fused_backward_kernel(r, log_w, k, v, a, b, u, checkpoint, solve, a_rb, d_out, d_state_out,
-                               dr, d_log_w, dk, dv, da, db, d_state_in, cu_seqlens, chunk_start, T, NT, H, HV, scale,
-                               N: gl.constexpr, BN: gl.constexpr, CLAMP: gl.constexpr, HAS_STATE: gl.constexpr,
-                               NEED_STATE: gl.constexpr, VARLEN: gl.constexpr):
-    """All gradients, chunk by chunk from the end; the state's gradient (key, value) in one or two blocks of 64 keys."""
-    WARPS: gl.constexpr = BN // 16
-    PARTS: gl.constexpr = BN // 64
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 64, 16])
-    PAIR: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 256 // WARPS, 16])
-    BOX: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    SUMS: gl.constexpr = gl.BlockedLayout([16, 1 if WARPS == 8 else 2], [4, 8], [1, WARPS], [0, 1])
-    h = gl.program_id(0)
-    seq = gl.program_id(1)
-    if VARLEN:
-        begin = gl.load(cu_seqlens + seq)
-        length = gl.load(cu_seqlens + seq + 1) - begin
-        chunk = gl.load(chunk_start + seq).to(gl.int64)
-    else:
-        begin = seq * T
-        length = T
-        chunk = (seq * NT).to(gl.int64)
-    stride = H * N
-    stride_v = HV * N
-    chunks = ((length + 63) // 64).to(gl.int32)
-    token = begin.to(gl.int64) + (chunks - 1) * 64
-    base = token * stride + h * N
-    base_v = token * stride_v + (h // (H // HV)) * N
-    chunk += chunks - 1
-    length -= (chunks - 1) * 64
-    corner = (seq * H + h).to(gl.int64) * (N * N)
-    row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
-    col = gl.arange(0, 64, gl.SliceLayout(0, FLAT))
-    wide = gl.arange(0, BN, gl.SliceLayout(0, FLAT))
-    key = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
-    val = gl.arange(0, BN, gl.SliceLayout(0, ACC))[None, :]
-
-    rr = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    ww = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    kk = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    aa = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    bb = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    do_boxes = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BN], BOX)
-    dw_boxes = gl.allocate_shared_memory(gl.bfloat16, [1, 64, BN], BOX)
-    v_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    u_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    x_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS, 64, 64], BOX)
-    g_boxes = gl.allocate_shared_memory(gl.bfloat16, [PARTS * PARTS, 64, 64], BOX)
-    pairs = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 64], BOX)
-    early = gl.allocate_shared_memory(gl.float32, [PARTS, 64], LINE)
-    late = gl.allocate_shared_memory(gl.float32, [PARTS, 64], LINE)
-    # Free once the gradient has been decayed.
-    totals = late
-    grad0 = gl.zeros([64, BN], gl.float32, ACC)
-    grad1 = gl.zeros([64, BN], gl.float32, ACC)
-    if HAS_STATE:
-        grad0 = gl.load(d_state_out + corner + val * N + key, mask=(key < N) & (val < N), other=0.0)
-        if BN == 128:
-            grad1 = gl.load(d_state_out + corner + val * N + key + 64, mask=(key < N - 64) & (val < N), other=0.0)
-    for part in gl.static_range(PARTS):
-        fused_part_copies(rr, ww, kk, aa, bb, r + base, log_w + base, k + base, a + base, b + base, part, row, col, length, N,
-                          stride)
-    async_copy.commit_group()
-    for i in range(0, chunks):
-        # Where a box lies is computed in each turn: kept from turn to turn the places would take half of the registers.
-        nil = in_place(i) - i
-        do, dw = do_boxes.index(nil), dw_boxes.index(nil)
-        solve_box, rb_box, ak_box, rk_box = pairs.index(nil), pairs.index(nil + 1), pairs.index(nil + 2), pairs.index(nil + 3)
-        signs, g_rk, g_rb, since = x_boxes.index(nil), x_boxes.index(nil), u_boxes.index(nil), g_boxes.index(nil)
-        if BN == 128:
-            vv = v_boxes._reinterpret(gl.bfloat16, [1, 64, 128], BOX).index(nil)
-            uu = u_boxes._reinterpret(gl.bfloat16, [1, 64, 128], BOX).index(nil)
-            xx = x_boxes._reinterpret(gl.bfloat16, [1, 64, 128], BOX).index(nil)
-            new = g_boxes._reinterpret(gl.bfloat16, [2, 64, 128], BOX)
-            old = pairs._reinterpret(gl.bfloat16, [2, 64, 128], BOX)
-            g_ak, g_ab, before = x_boxes.index(nil + 1), u_boxes.index(nil + 1), g_boxes.index(nil + 1)
-            late_signs = v_boxes.index(nil)
-        else:
-            vv, uu, xx, new, old = v_boxes.index(nil), u_boxes.index(nil), x_boxes.index(nil), g_boxes, pairs
-            g_ak, g_ab, before, late_signs = rb_box, v_boxes.index(nil), rk_box, ak_box
-        place = chunk * H + h
-        box_copy(do, d_out + base, row, wide, length, N, stride)
-        box_copy(solve_box, solve + place * 4096, row, col, 64, 64, 64)
-        box_copy(rb_box, a_rb + place * 4096, row, col, 64, 64, 64)
-        box_copy(vv, v + base_v, row, wide, length, N, stride_v)
-        box_copy(uu, u + base, row, wide, length, N, stride)
-        async_copy.commit_group()
-        async_copy.wait_group(1)
-        barrier()
-        for part in gl.static_range(PARTS):
-            decay_halves(ww.index(nil + part), early.index(nil + part), late.index(nil + part), CLAMP, SUMS)
-        t = in_place(gl.arange(0, 64, gl.SliceLayout(1, PAIR)))[:, None]
-        s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
-        signs.store(decay_signs(t, s))
-        sync_boxes()
-        # The gradient of the state at the chunk's middle, had the chunk added nothing.
-        grad0 = grad0 * late.index(nil).load(gl.SliceLayout(1, ACC))[:, None]
-        new.index(nil).store(grad0.to(gl.bfloat16))
-        if BN == 128:
-            grad1 = grad1 * late.index(nil + 1).load(gl.SliceLayout(1, ACC))[:, None]
-            new.index(nil + 1).store(grad1.to(gl.bfloat16))
-        zero = gl.zeros([64, 64], gl.float32, PAIR)
-        none = gl.zeros([64, BN], gl.float32, ACC)
-        for part in gl.static_range(PARTS):
-            decay_inputs(rr.index(nil + part), ww.index(nil + part), kk.index(nil + part), aa.index(nil + part), bb.index(nil + part), signs, scale, zero,
-                         PAIR)
-        async_copy.wait_group(0)
-        sync_boxes()
-        du = warpgroup_mma(rb_box.permute((1, 0)), do, none, use_acc=False, is_async=True)
-        v_grad = warpgroup_mma(kk.index(nil), new.index(nil), none, use_acc=False, is_async=True)
-        ak = warpgroup_mma(aa.index(nil), kk.index(nil).permute((1, 0)), zero, use_acc=False, is_async=True)
-        rk = warpgroup_mma(rr.index(nil), kk.index(nil).permute((1, 0)), zero, use_acc=False, is_async=True)
-        du = warpgroup_mma(bb.index(nil), new.index(nil), du, is_async=True)
-        if BN == 128:
-            du = warpgroup_mma(bb.index(nil + 1), new.index(nil + 1), du, is_async=True)
-            v_grad = warpgroup_mma(kk.index(nil + 1), new.index(nil + 1), v_grad, is_async=True)
-            ak = warpgroup_mma(aa.index(nil + 1), kk.index(nil + 1).permute((1, 0)), ak, is_async=True)
-            rk = warpgroup_mma(rr.index(nil + 1), kk.index(nil + 1).permute((1, 0)), rk, is_async=True)
-        du, v_grad, ak, rk = warpgroup_mma_wait(0, [du, v_grad, ak, rk])
-        ak_box.store(gl.where(t > s, ak, 0.0).to(gl.bfloat16))
-        rk_box.store(gl.where(t >= s, rk, 0.0).to(gl.bfloat16))
-        xx.store(du.to(gl.bfloat16))
-        sync_boxes()
-        dw.store(warpgroup_mma(solve_box.permute((1, 0)), xx, none, use_acc=False).to(gl.bfloat16))
-        sync_boxes()
-        # Gradients of the pair matrices, in boxes that are free or of what they are made from.
-        v_grad = warpgroup_mma(rk_box.permute((1, 0)), do, v_grad, is_async=True)
-        v_grad = warpgroup_mma(ak_box.permute((1, 0)), dw, v_grad, is_async=True)
-        d_rk = warpgroup_mma(do, vv.permute((1, 0)), zero, use_acc=False, is_async=True)
-        d_rb = warpgroup_mma(do, uu.permute((1, 0)), zero, use_acc=False, is_async=True)
-        d_ak = warpgroup_mma(dw, vv.permute((1, 0)), zero, use_acc=False, is_async=True)
-        d_ab = warpgroup_mma(dw, uu.permute((1, 0)), zero, use_acc=False, is_async=True)
-        v_grad, d_rk, d_rb, d_ak, d_ab = warpgroup_mma_wait(0, [v_grad, d_rk, d_rb, d_ak, d_ab])
-        rows_store(dv + base, v_grad, length, N, stride, ACC, BN)
-        barrier()
-        for part in gl.static_range(PARTS):
-            box_copy(old.index(nil + part), checkpoint + place * (N * N) + part * 64 * N, row, wide, N - part * 64, N, N)
-        async_copy.commit_group()
-        g_rk.store(gl.where(t >= s, d_rk, 0.0).to(gl.bfloat16))
-        g_ak.store(gl.where(t > s, d_ak, 0.0).to(gl.bfloat16))
-        d_rb = gl.where(t >= s, d_rb, 0.0).to(gl.bfloat16)
-        d_ab = gl.where(t > s, d_ab, 0.0).to(gl.bfloat16)
-        k_state0 = warpgroup_mma(vv, new.index(nil).permute((1, 0)), zero, use_acc=False, is_async=True)
-        b_state0 = warpgroup_mma(uu, new.index(nil).permute((1, 0)), zero, use_acc=False, is_async=True)
-        grad0 = warpgroup_mma(rr.index(nil).permute((1, 0)), do, grad0, is_async=True)
-        grad0 = warpgroup_mma(aa.index(nil).permute((1, 0)), dw, grad0, is_async=True)
-        if BN == 128:
-            k_state1 = warpgroup_mma(vv, new.index(nil + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
-            b_state1 = warpgroup_mma(uu, new.index(nil + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
-            grad1 = warpgroup_mma(rr.index(nil + 1).permute((1, 0)), do, grad1, is_async=True)
-            grad1 = warpgroup_mma(aa.index(nil + 1).permute((1, 0)), dw, grad1, is_async=True)
-            k_state1, b_state1, grad1 = warpgroup_mma_wait(0, [k_state1, b_state1, grad1])
-            grad1 = grad1 * early.index(nil + 1).load(gl.SliceLayout(1, ACC))[:, None]
-        k_state0, b_state0, grad0 = warpgroup_mma_wait(0, [k_state0, b_state0, grad0])
-        grad0 = grad0 * early.index(nil).load(gl.SliceLayout(1, ACC))[:, None]
-        async_copy.wait_group(0)
-        barrier()
-        g_rb.store(d_rb)
-        g_ab.store(d_ab)
-        late_signs.store(decay_signs(t, s))
-        for part in gl.static_range(PARTS):
-            both = old.index(nil + part).load(FLAT).to(gl.float32) * new.index(nil + part).load(FLAT).to(gl.float32)
-            totals.index(nil + part).store(gl.sum(both, 1))
-        barrier()
-        since.store(gl.where(t <= s, 1.0, 0.0).to(gl.bfloat16))
-        before.store(gl.where(t > s, 1.0, 0.0).to(gl.bfloat16))
-        sync_boxes()
-        fused_part_grad(rr.index(nil), ww.index(nil), kk.index(nil), aa.index(nil), bb.index(nil), old.index(nil), do, dw, g_rk, g_rb, g_ak,
-                        g_ab, late_signs, since, before, k_state0, b_state0, totals.index(nil), dr + base, d_log_w + base,
-                        dk + base, da + base, db + base, length, N, stride, scale, PAIR)
-        barrier()
-        # The boxes are free for the chunk before this.
-        ahead = base - 64 * stride
-        if i + 1 < chunks:
-            fused_part_copies(rr, ww, kk, aa, bb, r + ahead, log_w + ahead, k + ahead, a + ahead, b + ahead, 0, row, col, 64, N,
-                              stride)
-        if BN == 128:
-            at = base + 64
-            fused_part_grad(rr.index(nil + 1), ww.index(nil + 1), kk.index(nil + 1), aa.index(nil + 1), bb.index(nil + 1), old.index(nil + 1), do, dw, g_rk, g_rb,
-                            g_ak, g_ab, late_signs, since, before, k_state1, b_state1, totals.index(nil + 1), dr + at, d_log_w + at,
-                            dk + at, da + at, db + at, length, N - 64, stride, scale, PAIR)
-            barrier()
-            if i + 1 < chunks:
-                fused_part_copies(rr, ww, kk, aa, bb, r + ahead, log_w + ahead, k + ahead, a + ahead, b + ahead, 1, row, col,
-                                  64, N, stride)
-        async_copy.commit_group()
-        base -= 64 * stride
-        base_v -= 64 * stride_v
-        length += 64
-        chunk -= 1
-    if NEED_STATE:
-        gl.store(d_state_in + corner + val * N + key, grad0, mask=(key < N) & (val < N))
-        if BN == 128:
-            gl.store(d_state_in + corner + val * N + key + 64, grad1, mask=(key < N - 64) & (val < N))
-
-
-@gluon.jit
-def fused_reverse_copies(ww, bb, pairs, log_w, b, solve, a_rb, at, place, row, col, length, N: gl.constexpr, stride,
+def first_copies(ww, bb, pairs, log_w, b, solve, a_rb, at, place, row, col, length, N: gl.constexpr, stride,
                          PARTS: gl.constexpr):
     """Starts the copies of what is needed first and free again first."""
     for part in gl.static_range(PARTS):
@@ -515,7 +259,7 @@ def fused_reverse_copies(ww, bb, pairs, log_w, b, solve, a_rb, at, place, row, c
 
 
 @gluon.jit
-def fused_reverse_rest(rr, kk, aa, do, r, k, a, d_out, at, row, col, wide, length, N: gl.constexpr, stride,
+def other_copies(rr, kk, aa, do, r, k, a, d_out, at, row, col, wide, length, N: gl.constexpr, stride,
                        PARTS: gl.constexpr):
     for part in gl.static_range(PARTS):
         box_copy(kk.index(part), k + at + part * 64, row, col, length, N - part * 64, stride)
@@ -585,9 +329,9 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
     s = gl.arange(0, 64, gl.SliceLayout(0, PAIR))[None, :]
     signs.store(decay_signs(t, s))
     place = chunk * H + h
-    fused_reverse_copies(ww, bb, pairs, log_w, b, solve, a_rb, base, place, row, col, length, N, stride, PARTS)
+    first_copies(ww, bb, pairs, log_w, b, solve, a_rb, base, place, row, col, length, N, stride, PARTS)
     box_copy(solve_box, solve + place * 4096, row, col, 64, 64, 64)
-    fused_reverse_rest(rr, kk, aa, do, r, k, a, d_out, base, row, col, wide, length, N, stride, PARTS)
+    other_copies(rr, kk, aa, do, r, k, a, d_out, base, row, col, wide, length, N, stride, PARTS)
     async_copy.commit_group()
     for i in range(0, chunks):
         place = chunk * H + h
@@ -628,7 +372,7 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
         for part in gl.static_range(PARTS):
             box_save(d_checkpoint + place * (N * N) + part * 64 * N, new.index(part), row, wide, N - part * 64, N, N, FLAT)
         sync_boxes()
-        fused_reverse_copies(ww, bb, pairs, log_w, b, solve, a_rb, ahead, place - H, row, col, gl.where(last, 0, 64), N,
+        first_copies(ww, bb, pairs, log_w, b, solve, a_rb, ahead, place - H, row, col, gl.where(last, 0, 64), N,
                              stride, PARTS)
         du_sum = warpgroup_mma(solve_box.permute((1, 0)), dw, none, use_acc=False, is_async=True)
         du_sum = warpgroup_mma(solve_box.permute((1, 0)), xx, du_sum, is_async=True)
@@ -647,7 +391,7 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
             grad1 = warpgroup_mma_wait(0, [grad1])
         v_grad, grad0 = warpgroup_mma_wait(0, [v_grad, grad0])
         barrier()
-        fused_reverse_rest(rr, kk, aa, do, r, k, a, d_out, ahead, row, col, wide, gl.where(last, 0, 64), N, stride, PARTS)
+        other_copies(rr, kk, aa, do, r, k, a, d_out, ahead, row, col, wide, gl.where(last, 0, 64), N, stride, PARTS)
         async_copy.commit_group()
         box_save(du + base, dw, row, wide, length, N, stride, FLAT)
         rows_store(dv + base, v_grad, length, N, stride, ACC, BN)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radlads.backends.torch.kernels.decode import wkv7_step
 from radlads.backends.torch.kernels.wkv7 import wkv7
 from radlads.backends.torch.layers import RWKV7_MIN_LOG_W, Projections, declare, repeat_heads, unit
 from radlads.backends.torch.state import LayerState, MixContext
@@ -65,10 +66,15 @@ class HxaMixer(Projections):
         if mask is not None:
             real = mask[..., None, None].to(k.dtype)
             k, v, kappa, log_w = k * real, v * real, kappa * real, log_w * real.float()
-        p, wkv = wkv7(
-            r, log_w, k, v, -kappa, beta, state.get("wkv"), scale=spec.N**-0.5, min_log_w=RWKV7_MIN_LOG_W,
-            cu_seqlens=context.cu_seqlens,
-        )  # fmt: skip  # H.8, H.9
+        log_w = log_w.to(r.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
+        if context.in_place:  # H.8, H.9
+            wkv = state["wkv"]
+            p = wkv7_step(*(x[:, 0] for x in (r, log_w, k, v, -kappa, beta)), wkv, scale=spec.N**-0.5)[:, None]
+        else:
+            p, wkv = wkv7(
+                r, log_w, k, v, -kappa, beta, state.get("wkv"), scale=spec.N**-0.5, min_log_w=RWKV7_MIN_LOG_W,
+                cu_seqlens=context.cu_seqlens,
+            )  # fmt: skip
         p = (p if bonus is None else p + bonus).flatten(2)
         return self.output_of(p * (torch.sigmoid(x @ self.g1) @ self.g2)), {"wkv": wkv}  # H.11
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from radlads.backends.torch.kernels.decode import wkv6_step
 from radlads.backends.torch.kernels.wkv6 import wkv6
 from radlads.backends.torch.layers import HeadNorm, Projections, declare, declare_gate, gated, repeat_heads
 from radlads.backends.torch.state import LayerState, MixContext
@@ -56,9 +57,14 @@ class Rwkv6Mixer(Projections):
         if mask is not None:
             real = mask[..., None, None].to(k.dtype)
             k, v, log_w = k * real, v * real, log_w * real.float()
-        p, new_state["wkv"] = wkv6(
-            q, k, v, log_w, state.get("wkv"), scale=self.spec.N**-0.5, min_log_w=opts.clamp, cu_seqlens=context.cu_seqlens
-        )  # 6.6, 6.7
+        log_w = log_w.to(q.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
+        if context.in_place:  # 6.6, 6.7
+            new_state["wkv"] = state["wkv"]
+            p = wkv6_step(*(x[:, 0] for x in (q, k, v, log_w)), state["wkv"], scale=self.spec.N**-0.5)[:, None]
+        else:
+            p, new_state["wkv"] = wkv6(
+                q, k, v, log_w, state.get("wkv"), scale=self.spec.N**-0.5, min_log_w=opts.clamp, cu_seqlens=context.cu_seqlens
+            )
         p = p.flatten(2)
         if opts.groupnorm:
             p = self.ln_x(p)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from radlads.backends.torch.kernels.decode import wkv7_step
 from radlads.backends.torch.kernels.wkv7 import wkv7
 from radlads.backends.torch.layers import (
     RWKV7_MIN_LOG_W,
@@ -68,9 +69,14 @@ class Rwkv7Mixer(Projections):
         if mask is not None:
             real = mask[..., None, None].to(k.dtype)
             k, v, kappa, log_w = k * real, v * real, kappa * real, log_w * real.float()
-        p, wkv = wkv7(
-            r, log_w, k, v, -kappa, beta, state.get("wkv"), min_log_w=RWKV7_MIN_LOG_W, cu_seqlens=context.cu_seqlens
-        )  # 7.6, 7.7
+        log_w = log_w.to(r.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
+        if context.in_place:  # 7.6, 7.7
+            wkv = state["wkv"]
+            p = wkv7_step(*(x[:, 0] for x in (r, log_w, k, v, -kappa, beta)), wkv)[:, None]
+        else:
+            p, wkv = wkv7(
+                r, log_w, k, v, -kappa, beta, state.get("wkv"), min_log_w=RWKV7_MIN_LOG_W, cu_seqlens=context.cu_seqlens
+            )
         p = p.flatten(2)
         p = self.ln_x(p) if opts.groupnorm else p * self.spec.N**-0.5  # 7.8
         return self.output_of(gated(self, self.spec, p, x)), {"wkv": wkv}  # 7.9
