@@ -110,8 +110,14 @@ def torch_kernels() -> list[Finding]:
     """Each recurrence of the torch backend against float64: the GPU's kernels where there is one, else the plain form."""
     fix = "Use the Triton that your PyTorch release brings, and report the card and both versions"
     try:
-        device = "cuda" if import_module("torch").cuda.is_available() else "cpu"
-        checks = import_module("radlads.backends.torch.kernels.selftest").kernel_selftest(device)
+        torch, selftest = import_module("torch"), import_module("radlads.backends.torch.kernels.selftest")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and find_spec("triton") is not None:
+            capability = torch.cuda.get_device_capability()[0]
+            refusal = selftest.triton_refusal(import_module("triton").__version__, capability)
+            if refusal is not None:
+                return [Finding("kernels of torch", WRONG, refusal, "pip install --upgrade torch (2.11 brings Triton 3.6)")]
+        checks = selftest.kernel_selftest(device)
     except Exception as error:  # compilers and drivers fail in their own ways
         return [Finding("kernels of torch", BROKEN, f"{type(error).__name__}: {error}", fix)]
     return [Finding(c.name, GOOD if c.passed else WRONG, f"worst relative error {c.error:.1e} in {c.where}, at most {c.bar:.0e}",

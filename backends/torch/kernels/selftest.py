@@ -12,6 +12,9 @@ BARS = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 BOUND = -0.6065306597126334
 # recurrence, head size, lowest log-decay, the bound told to the op
 CASES = ((6, 64, 20.0, None), (6, 128, 20.0, None), (7, 64, 0.6, BOUND), (7, 128, 0.6, BOUND), (7, 128, 20.0, None))
+# Releases of Triton, from and up to but without, that make wrong gradients of kernels of this kind on cards of this capability
+# (fla-org/flash-linear-attention#640). They end where we measured: 3.6.0 has the defect but none of our kernels meets it.
+WRONG_TRITON = (((3, 4), (3, 6), 9),)
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
 
 
@@ -28,6 +31,15 @@ class KernelCheck:
     def passed(self) -> bool:
         """False for NaN too."""
         return self.error < self.bar
+
+
+def triton_refusal(version: str, capability: int) -> str | None:
+    """Why this release of Triton must not be used on a card of this major capability; None where nothing is known."""
+    release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    for first, good, card in WRONG_TRITON:
+        if first <= release < good and capability == card:
+            return f"Triton {version} is known to make wrong gradients on this card; {good[0]}.{good[1]} is the first good one"
+    return None
 
 
 def kernel_selftest(device: str) -> list[KernelCheck]:

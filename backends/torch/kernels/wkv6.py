@@ -1,6 +1,7 @@
 """The RWKV-6 recurrence (gated linear attention, vector decay): public op, custom-op registrations, kernel launches.
 
-Kernels are in wkv6_triton, the form for every other device, dtype and head size in wkv6_plain.
+Kernels are in wkv6_triton, for Hopper in wkv6_fused and wkv6_hopper; the form for every other device, dtype and head size is in
+wkv6_plain.
 """
 from importlib import import_module
 
@@ -96,9 +97,9 @@ def wkv6_plan(q: Tensor, cu_seqlens: Tensor | None, min_log_w: float | None) -> 
 
 # Head sizes that the Gluon kernels serve.
 WKV6_HOPPER_HEADS = (64, 96, 128)
-# One program a sequence and head keeps everything on the chip but takes a chunk after the other; below so many programs the
-# kernels that take all chunks at once are faster.
-WKV6_FUSED_PROGRAMS = 48
+# One program a sequence and head keeps everything on the chip but takes a chunk after the other: with fewer programs (at head
+# sizes up to 64 and up to 128) the kernels that take all chunks at once are faster.
+WKV6_FUSED_PROGRAMS = (84, 48)
 
 
 def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
@@ -109,7 +110,8 @@ def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
 
 
 def wkv6_is_fused(q: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
-    return plan["seqs"] * q.shape[2] >= WKV6_FUSED_PROGRAMS and wkv6_has_hopper(q, log_w)
+    H, N = q.shape[2:]
+    return plan["seqs"] * H >= WKV6_FUSED_PROGRAMS[int(N > 64)] and wkv6_has_hopper(q, log_w)
 
 
 def wkv6_fused(q: Tensor, log_w: Tensor, k: Tensor, v: Tensor, state: Tensor | None, out: Tensor, checkpoint: Tensor,

@@ -1,6 +1,7 @@
 """The RWKV-7 recurrence (generalised delta rule): public op, custom-op registrations and kernel launches.
 
-Kernels are in wkv7_triton, the form for every other device, dtype and head size in wkv7_plain.
+Kernels are in wkv7_triton and wkv7_centred, for Hopper in wkv7_fused and wkv7_hopper; the form for every other device, dtype
+and head size is in wkv7_plain.
 """
 from importlib import import_module
 
@@ -84,13 +85,15 @@ def wkv7_has_hopper(r: Tensor, log_w: Tensor) -> bool:
             and torch.cuda.get_device_capability(r.device)[0] == 9)
 
 
-# One program a sequence and head keeps everything on the chip but takes a chunk after the other; below so many programs the
-# kernels that take all chunks at once are faster.
-WKV7_FUSED_PROGRAMS = 48
+# One program a sequence and head keeps everything on the chip but takes a chunk after the other: with fewer programs (at head
+# sizes up to 64 and up to 128) the kernels that take all chunks at once are faster.
+WKV7_FUSED_PROGRAMS = (84, 48)
 
 
 def wkv7_is_fused(r: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
-    return plan["centred"] and plan["seqs"] * r.shape[2] >= WKV7_FUSED_PROGRAMS and wkv7_has_hopper(r, log_w)
+    H, N = r.shape[2:]
+    enough = plan["seqs"] * H >= WKV7_FUSED_PROGRAMS[int(N > 64)]
+    return plan["centred"] and N >= 64 and enough and wkv7_has_hopper(r, log_w)
 
 
 def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float | None) -> dict[str, object]:

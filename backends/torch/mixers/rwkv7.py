@@ -72,7 +72,7 @@ class Rwkv7Mixer(Projections):
         log_w = log_w.to(r.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
         if context.in_place:  # 7.6, 7.7
             wkv = state["wkv"]
-            p = wkv7_step(*(x[:, 0] for x in (r, log_w, k, v, -kappa, beta)), wkv)[:, None]
+            p = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], -kappa[:, 0], beta[:, 0], wkv)[:, None]
         else:
             p, wkv = wkv7(
                 r, log_w, k, v, -kappa, beta, state.get("wkv"), min_log_w=RWKV7_MIN_LOG_W, cu_seqlens=context.cu_seqlens
