@@ -283,6 +283,7 @@ def transfer(recipe: "Recipe", teacher: "ModelFolder", step0: Path) -> None:
         untie=untie,
         ranks=ranks,
         transfer_scale=recipe.student.transfer_scale,
+        reinit=recipe.student.reinit,
     )
 
 

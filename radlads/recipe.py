@@ -81,7 +81,7 @@ class Student(Part):
     """The recurrent mixer that replaces attention; `options` are fields of MixerOptions.
 
     `ranks` are widths of low-rank pairs, where they are not to follow the mixer's rule. `transfer_scale` multiplies the
-    teacher's q, k, v and o in the converted layers. `head` of a teacher whose head is its embedding: "retied" gives the student a
+    teacher's q, k, v and o in the converted layers; with `reinit` they begin at random instead (an ablation). `head` of a teacher whose head is its embedding: "retied" gives the student a
     head of its own in step 2 alone and drops it at the end, "tied" never does, "untied" does so for good.
     """
 
@@ -89,6 +89,7 @@ class Student(Part):
     keep_softmax: tuple[Annotated[Whole, Field(ge=0)], ...] = ()
     ranks: dict[str, Annotated[Whole, Field(gt=0, lt=2**16)]] = Field(default_factory=dict)
     transfer_scale: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    reinit: bool = False
     head: Literal["tied", "untied", "retied"] = "retied"
     options: Annotated[dict[str, Any], AfterValidator(known_fields(MixerOptions))] = Field(default_factory=dict)
 

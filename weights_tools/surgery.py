@@ -37,12 +37,13 @@ def make_student(
     untie: bool = False,
     ranks: Mapping[str, int] | None = None,
     transfer_scale: Sequence[float] = UNSCALED,
+    reinit: bool = False,
 ) -> ModelFolder:
     """Write the untrained student of a teacher: `arch` in every layer but `keep_softmax`.
 
     `options` are fields of MixerOptions; `untie` gives a tied teacher's student a head of its own, equal to the embedding.
     `ranks` override the widths of low-rank pairs, `transfer_scale` multiplies q, k, v, o (biases too) of the converted
-    layers (protocol section 3.5). R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
+    layers (protocol section 3.5), with `reinit` they begin at random (an ablation, section 1.2). R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
     """
     spec = student_spec(teacher, arch, keep_softmax, options, ranks)
     scales = tensor_scales(spec, transfer_scale)
@@ -53,6 +54,10 @@ def make_student(
     choice = {"arch": arch, "keep_softmax": list(spec.kept_layers), "options": dict(options), "seed": seed}
     if scales:
         choice["transfer_scale"] = list(transfer_scale)
+    fresh = projections(spec) if reinit else {}
+    if fresh:
+        choice["reinit"] = True
+        copied = {name: origin for name, origin in copied.items() if name not in fresh}
     record = {
         "stage": 0,
         "teacher": teacher_record(teacher),
@@ -62,7 +67,7 @@ def make_student(
     return save_folder(
         output_dir,
         spec=spec,
-        tensors=student_tensors(teacher, spec, copied, seed, scales),
+        tensors=student_tensors(teacher, spec, copied, seed, scales, fresh),
         source=teacher,
         dtype=teacher.dtype,
         dtypes={name: teacher.weights[origin].dtype for name, origin in copied.items()},
@@ -103,29 +108,42 @@ def copies(teacher: ModelFolder, spec: ModelSpec) -> dict[str, str]:
     return names
 
 
+def projections(spec: ModelSpec) -> dict[str, str]:
+    """q, k, v and o of the converted layers (biases too), by name: the letter of each."""
+    found = {}
+    for name, row in spec.tensors().items():
+        place, _, own = name.rpartition(".self_attn.")
+        if place and row.copied and MIXERS[spec.mixers[layer_of(name)]].recurrent and "norm" not in row.origin(own):
+            found[name] = row.origin(own)[0]
+    return found
+
+
 def tensor_scales(spec: ModelSpec, factors: Sequence[float]) -> dict[str, float]:
     """Factor of each tensor that is not taken over as it is; R101 unless there are four finite factors, for q, k, v, o."""
     if len(factors) != 4 or not all(math.isfinite(factor) for factor in factors):
         why, fix = "it needs four numbers, for q, k, v and o", "Write for example 1,1,0.3,0.5"
         raise fail("R101", where="transfer_scale", why=why, fix=fix)
-    scales = {}
-    for name, row in spec.tensors().items():
-        place, _, own = name.rpartition(".self_attn.")
-        if place and row.copied and MIXERS[spec.mixers[layer_of(name)]].recurrent:
-            letter = row.origin(own)[:2]  # q_proj, k_proj, v_proj, o_proj; not q_norm and k_norm
-            factor = dict(zip(("q_", "k_", "v_", "o_"), factors, strict=True)).get(letter, 1.0)
-            if factor != 1.0 and "norm" not in row.origin(own):
-                scales[name] = float(factor)
+    by_letter = dict(zip("qkvo", map(float, factors), strict=True))
+    scales = {name: by_letter[letter] for name, letter in projections(spec).items() if by_letter[letter] != 1.0}
     return scales
 
 
 def student_tensors(
-    teacher: ModelFolder, spec: ModelSpec, copied: Mapping[str, str], seed: int, scales: Mapping[str, float]
+    teacher: ModelFolder,
+    spec: ModelSpec,
+    copied: Mapping[str, str],
+    seed: int,
+    scales: Mapping[str, float],
+    fresh: Mapping[str, str],
 ) -> Iterator[Named]:
     """(name, dtype, raw bits) of every student tensor in the spec's order; new ones in the teacher's main dtype."""
     dtype = teacher.dtype
     for name, row in spec.tensors().items():
-        if name in scales:
+        if name in fresh:
+            # What nn.Linear begins with: uniform within 1 / sqrt(inputs).
+            bound = 0.0 if name.endswith("bias") else row.shape[1] ** -0.5
+            yield name, dtype, encode(first_values(name, replace(row, init=f"uniform:{bound}"), spec, seed), dtype)
+        elif name in scales:
             entry = teacher.weights[copied[name]]
             yield name, entry.dtype, encode(decode(read_raw(entry), entry.dtype) * np.float32(scales[name]), entry.dtype)
         elif name in copied:

@@ -177,6 +177,20 @@ def test_hxa_takes_over_under_other_names_and_scaled(tmp_path: Path) -> None:
         make_student(teacher, tmp_path / "u", arch="hxa079", options={}, transfer_scale=(1.0, 0.5))
 
 
+def test_projections_may_begin_at_random(tmp_path: Path) -> None:
+    teacher = open_folder(tiny_teacher(tmp_path / "t", "qwen2", dtype="BF16", qkv_bias=True))
+    student = make_student(teacher, tmp_path / "s", arch="rwkv7", keep_softmax=[1], options={}, reinit=True)
+    assert student.manifest is not None and student.manifest["student"]["reinit"] is True
+    for name, entry in teacher.weights.items():
+        same = read_raw(student.weights[name]).tobytes() == read_raw(entry).tobytes()
+        assert same == (not name.startswith("model.layers.0.self_attn.")), name
+    for letter in "qkvo":
+        values = read_float32(student.weights[f"model.layers.0.self_attn.{letter}_proj.weight"])
+        bound = values.shape[1] ** -0.5
+        assert 0.9 * bound < np.abs(values).max() <= bound * 1.01 and abs(values.mean()) < bound / 10
+    assert not read_float32(student.weights["model.layers.0.self_attn.q_proj.bias"]).any()
+
+
 @pytest.mark.parametrize(("arch", "wanted"), [("hxa079", (256, 128, 96, 96, 256)), ("rwkv7", (128, 128, 96, 0, 480))])
 def test_published_ranks_of_qwen3_8b(arch: str, wanted: tuple[int, ...]) -> None:
     ranks = ModelSpec("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, qk_norm=True).as_student(arch).ranks
