@@ -81,8 +81,9 @@ class Student(Part):
     """The recurrent mixer that replaces attention; `options` are fields of MixerOptions.
 
     `ranks` are widths of low-rank pairs, where they are not to follow the mixer's rule. `transfer_scale` multiplies the
-    teacher's q, k, v and o in the converted layers; with `reinit` they begin at random instead (an ablation). `head` of a teacher whose head is its embedding: "retied" gives the student a
-    head of its own in step 2 alone and drops it at the end, "tied" never does, "untied" does so for good.
+    teacher's q, k, v and o in the converted layers; with `reinit` they begin at random instead (an ablation). `head` of a
+    teacher whose head is its embedding: "retied" gives the student a head of its own in step 2 alone and drops it at the
+    end, "tied" never does, "untied" does so for good.
     """
 
     arch: str = "rwkv7"

@@ -43,7 +43,8 @@ def make_student(
 
     `options` are fields of MixerOptions; `untie` gives a tied teacher's student a head of its own, equal to the embedding.
     `ranks` override the widths of low-rank pairs, `transfer_scale` multiplies q, k, v, o (biases too) of the converted
-    layers (protocol section 3.5), with `reinit` they begin at random (an ablation, section 1.2). R101 bad choice, R103 not a teacher, R207 non-finite teacher, R401 or R402 output.
+    layers (protocol section 3.5), with `reinit` they begin at random (an ablation, section 1.2). R101 bad choice, R103 not
+    a teacher, R207 non-finite teacher, R401 or R402 output.
     """
     spec = student_spec(teacher, arch, keep_softmax, options, ranks)
     scales = tensor_scales(spec, transfer_scale)
