@@ -24,6 +24,7 @@ SMALL = [
     "--set=data.valid=[text.txt]",
     *("--set=eval.tokens=512", "--set=eval.seq_len=64", "--set=eval.new_tokens=8"),
     *(f"--set=stages.{i}.{key}" for i in range(3) for key in ("tokens=2560", "seq_len=32", "batch_size=2", "save_every=7")),
+    "--set=stages.1.measure_every=15",
 ]
 
 
@@ -68,6 +69,10 @@ def test_the_run_leaves_what_it_promises(finished: Path) -> None:
     steps = losses(finished)
     for stage in (1, 2, 3):
         assert [step for n, step, _ in steps if n == stage] == list(range(1, 41))
+    middle = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    middle = [record for record in middle if record["kind"] == "curve"]
+    assert [(r["stage"], r["step"], r["tokens_seen"]) for r in middle] == [(2, 15, 960), (2, 30, 1920)]
+    assert all(0 < r["kl"] < 1 and 0 < r["agreement"] < 1 for r in middle)
     first = [loss for n, _, loss in steps if n == 1]
     assert sum(first[-5:]) < 0.8 * sum(first[:5])
 
