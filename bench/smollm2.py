@@ -231,8 +231,9 @@ class Bench:
         """Kept layers spread evenly, and the hardest ones by step 1 of a run without any."""
         source = "rwkv7" if self.done("rwkv7") else "ablation-7-baseline"
         layers = read_difficulty(self.runs / source)
-        chosen = {"uniform-1": [15], "uniform-3": [7, 15, 22]}
-        chosen |= {f"hardest-{count}": suggested(layers, count) for count in (1, 3)}
+        counts = [count for count in (1, 3) if count < len(layers)]
+        chosen = {f"uniform-{n}": [len(layers) * (place + 1) // (n + 1) for place in range(n)] for n in counts}
+        chosen |= {f"hardest-{n}": suggested(layers, n) for n in counts}
         self.train([self.job(f"hybrid-{name}", self.short(15), student__keep_softmax=kept) for name, kept in chosen.items()])
 
     def eval(self) -> None:
