@@ -21,7 +21,7 @@ from radlads.backends.torch.head import retied
 from radlads.backends.torch.load import new_model, stored_tensors
 from radlads.backends.torch.memory import forget_models, keep_freed_memory, peak_gpu_bytes
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.parallel import build_task, load_frozen, sharded
+from radlads.backends.torch.parallel import build_task, load_frozen, runnable, sharded
 from radlads.backends.torch.trainer import Progress, run_stage
 from radlads.backends.torch.world import World
 from radlads.data.corpus import open_corpus
@@ -178,7 +178,7 @@ class RecipeRun:
             if world.size > 1 or self.folder is None:
                 return
             with torch.compiler.set_stance("force_eager"):  # other shapes are not worth their graphs
-                found = evaluate(task.student, self.samples, self.teacher)
+                found = evaluate(runnable(task), self.samples, self.teacher)
             at = {"stage": stage.number, "step": step, "tokens_seen": step * stage.tokens_per_step}
             self.run.log({"kind": "curve", **at, **{key: found[key] for key in ("loss", "ppl", "kl", "agreement")}})
 

@@ -73,6 +73,20 @@ def mixers_of(model: Model) -> list[nn.Module]:
     return [layer.self_attn for layer, name in zip(layers, model.spec.mixers, strict=True) if MIXERS[name].recurrent]
 
 
+def runnable(task: Task) -> Model:
+    """The student of `task` to run by itself: in step 1 only its mixers are where the teacher is, and the rest is the teacher's."""
+    student, teacher = task.pair
+    if task.stage.kind != "align" or teacher is None:
+        return student
+    trained = {id(p) for mixer in mixers_of(student) for p in mixer.parameters()}
+    theirs, device = dict(teacher.named_parameters()), teacher.model.norm.weight.device
+    tensors = {n: p if id(p) in trained else theirs[n] if n in theirs else p.to(device) for n, p in student.named_parameters()}
+    with torch.device("meta"):
+        made = Model(student.spec)
+    made.load_state_dict(tensors, assign=True)
+    return made.eval()
+
+
 def units_of(model: Model) -> list[Any]:
     """What is gathered at once: each mixer and each feed-forward."""
     layers: Any = model.model.layers

@@ -10,7 +10,7 @@ from radlads.backends.torch.compiled import compiled_layers, layers_compiled
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import aligned, alignment_errors
 from radlads.backends.torch.optim import Optimizer, trainable
-from radlads.backends.torch.parallel import Task
+from radlads.backends.torch.parallel import Task, mixers_of, runnable
 from radlads.backends.torch.trainer import run_stage
 from radlads.data.prepare import prepare
 from radlads.data.samples import Corpus
@@ -177,6 +177,21 @@ def test_a_stage_is_measured_as_often_as_it_says(tmp_path: Path, corpus: Corpus)
     with begin_run(tmp_path / "run", wanted) as run:
         assert run_stage(stage, Task(stage, student, None), corpus, run, lambda p: None, measure=measured.append)
     assert measured == list(range(2, stage.steps, 2)) and measured
+
+
+def test_in_step_1_a_student_runs_with_what_is_the_teachers(corpus: Corpus) -> None:
+    """On a GPU all of the student but its mixers waits in other memory; here it is nowhere."""
+    student, teacher = pair()
+    tokens = torch.arange(10)[None]
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    wanted = student(tokens)[0]
+    mixers = {id(p) for mixer in mixers_of(student) for p in mixer.parameters()}
+    for module in student.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in mixers:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().to("meta")))
+    stage = recipe(kind="align").stages[0]
+    assert torch.equal(runnable(Task(stage, student, teacher))(tokens)[0], wanted)
 
 
 @pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7"])
