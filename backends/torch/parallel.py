@@ -74,7 +74,7 @@ def mixers_of(model: Model) -> list[nn.Module]:
 
 
 def runnable(task: Task) -> Model:
-    """The student of `task` to run by itself: in step 1 only its mixers are where the teacher is, and the rest is the teacher's."""
+    """The student of `task` to run by itself: in step 1 only its mixers are on the device, and the rest is the teacher's."""
     student, teacher = task.pair
     if task.stage.kind != "align" or teacher is None:
         return student
