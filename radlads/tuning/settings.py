@@ -187,7 +187,8 @@ def load_tuning(path: str | Path | None, flags: Mapping[str, Any]) -> Tuning:
         key = str(place[0]) if place else ""
         flag = "--" + str(place[-1] if place[:1] == ("lora_parameters",) else key).replace("_", "-")
         if first["type"] == "missing":
-            raise fail("R101", where="radlads finetune", why=f"{flag} is missing", fix=f"Give {flag}") from None
+            fix = "For example: `radlads finetune student --data data --iters 600`"
+            raise fail("R101", where="radlads finetune", why=f"{flag} is missing", fix=fix) from None
         why = explain(first)
         if first["type"] == "extra_forbidden":
             why = unknown_key(str(place[-1]), list(Tuning.model_fields))
