@@ -50,9 +50,17 @@ def head(folder: ModelFolder, teacher: Mapping[str, Any], terms: Mapping[str, st
     known |= {"license": "unknown", **terms}
     if isinstance(teacher.get("repository"), str):
         known |= {"base_model": teacher["repository"], "base_model_relation": "finetune"}
+    elif converted := converted_from(folder.manifest or {}):
+        known["base_model"] = converted
     recurrent = folder.spec.recurrent
     known["tags"] = ["radlads", *(["rwkv", "linear-attention", "distillation", recurrent] if recurrent else [])]
     return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def converted_from(manifest: Mapping[str, Any]) -> str | None:
+    """The repository on the Hub of a model that others made and that was converted here."""
+    sources = (table(event.get("source")).get("repository") for event in rows(manifest.get("history")))
+    return next((name for name in sources if isinstance(name, str)), None)
 
 
 def summary(folder: ModelFolder, teacher: Mapping[str, Any]) -> str:

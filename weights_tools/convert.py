@@ -10,6 +10,7 @@ from radlads.files import read_json
 from radlads.folder import MANIFEST
 from radlads.weights_tools.formats import FORMATS, open_source
 from radlads.weights_tools.formats.format import Output, Reading, Source, Writing, checked, work_key
+from radlads.weights_tools.inputs import InputHashes
 from radlads.weights_tools.output import Report, clear, write_output
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def write(
     """Write `source` as `plan` lays it out, unless that very output stands under `final` already. Raises as `convert`."""
     check_apart(source, final)
     key = work_key(source, writing, target, allow_nonfinite)
-    guarded = replace(source, tensors=checked(source, source.tensors, allow_nonfinite, say))
+    inputs = InputHashes(source.inputs)
+    guarded = replace(source, tensors=checked(source, source.tensors, allow_nonfinite, say), hashes=inputs.result)
     output_plan = plan(guarded, writing, key)
     for notice in (*source.notices, *output_plan.notices):
         say(notice)
@@ -83,15 +85,21 @@ def write(
             raise fail("R201", where=source.path, why="it changed while it was read", fix="Start again")
         return output_plan.small_files(hashes)
 
-    write_output(
-        final,
-        output_plan.files,
-        key=key,
-        small_files=small_files,  # type: ignore[arg-type]
-        single=writing.single,
-        overwrite=overwrite,
-        report=report,
-    )
+    def follow(done: int, total: int) -> None:
+        inputs.reached(done / total)
+        if report:
+            report(done, total)
+
+    with inputs:
+        write_output(
+            final,
+            output_plan.files,
+            key=key,
+            small_files=small_files,  # type: ignore[arg-type]
+            single=writing.single,
+            overwrite=overwrite,
+            report=follow,
+        )
     return Conversion(source, final, True, nbytes)
 
 

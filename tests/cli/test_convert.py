@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from radlads.errors import RadladsError
+from radlads.files import sha256
 from radlads.folder import open_folder
+from radlads.weights_tools import inputs
 
 
 def test_to_mlx_and_back_prints_one_document(radlads, teacher, tmp_path):
@@ -96,3 +99,44 @@ def test_the_stage_of_upstreams_checkpoints_is_read_from_their_names(radlads, te
     assert open_folder(tmp_path / "other").stage == 2
     outcome = radlads("inspect", tmp_path / "other", "--stage", 1)
     assert outcome.status == 2 and "R101" in outcome.err and "own record" in outcome.err
+
+
+def test_a_model_of_others_keeps_its_origin_licence_and_hashes(radlads, teacher, tmp_path):
+    assert radlads("init", teacher, "--student-arch", "rwkv7", "--output-dir", tmp_path / "student").status == 0
+    theirs = tmp_path / "models--them--QRWKV7-tiny" / "snapshots" / ("b" * 40)
+    wish = ("--layout", "rwkv7qwen3", "--output-dir", theirs)
+    assert radlads("convert", tmp_path / "student", *wish).status == 0
+    (theirs / "radlads.json").unlink()
+    (theirs / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    for target, place in (("mlx", "q"), ("hf", "back")):
+        source = theirs if target == "mlx" else tmp_path / "q"
+        wish = (*(("-q", "--q-group-size", 32) if target == "mlx" else ()), "--output-dir", tmp_path / place)
+        assert radlads("convert", source, "--to", target, *wish).status == 0
+        record = json.loads((tmp_path / place / "radlads.json").read_text())
+        events = record["history"]
+        assert events[-1]["source"]["sha256"] == {"model.safetensors": sha256(source / "model.safetensors")}
+        origin = {"name": "QRWKV7-tiny", "repository": "them/QRWKV7-tiny", "revision": "b" * 40}
+        assert {key: events[0]["source"][key] for key in origin} == origin
+        assert record["license"] == {"license": "apache-2.0"} and record["stage"] == 3
+        assert radlads("verify", tmp_path / place, "--files-only").status == 0
+        text = radlads("card", tmp_path / place, "--stdout").out
+        assert "base_model: them/QRWKV7-tiny" in text and "license: apache-2.0" in text
+
+
+def test_hashes_of_the_input_wait_for_the_conversion_and_tell_what_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "PIECE", 10)
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 100)
+    with inputs.InputHashes(paths) as hashes:
+        hashes.reached(0.75)
+        hashes.thread.join(0.5)
+        assert hashes.thread.is_alive() and list(hashes.hashes) == ["a"]
+        assert hashes.result() == {path.name: sha256(path) for path in paths}
+    with inputs.InputHashes(paths) as hashes:
+        pass  # the conversion failed: nothing waits for the rest
+    assert not hashes.thread.is_alive() and hashes.hashes == {}
+    waiting = inputs.InputHashes(paths)
+    paths[1].unlink()
+    with waiting, pytest.raises(RadladsError, match="R201"):
+        waiting.result()

@@ -12,6 +12,7 @@ import numpy as np
 import radlads
 from radlads.errors import RadladsError, fail
 from radlads.folder import SCHEMA, TOKEN_KEYS, to_json
+from radlads.provenance import carried_license, hub_origin, license_of
 from radlads.spec import ModelSpec
 from radlads.tensors import FLOATS, Raw, listed
 from radlads.weights_tools.lazy import Lazy, cast, finite
@@ -71,6 +72,7 @@ class Source:
     manifest: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
     quantised: bool = False
+    hashes: Callable[[], Mapping[str, str]] = dict  # SHA-256 of the inputs, once they are read to the end
     told_stage: int | None = None  # of a student without a manifest: what the user or its name says
 
     @property
@@ -170,19 +172,32 @@ def checked(source: Source, tensors: Mapping[str, Lazy], allow: bool, say: Calla
 def manifest_of(
     source: Source, event: Mapping[str, Any], key: str, hashes: Mapping[str, str], small: Mapping[str, bytes | Path]
 ) -> bytes:
-    """radlads.json of an output: what the source's says, this conversion at the end of the history, hashes of all files."""
+    """radlads.json of an output: its record, and hashes of the inputs and of all files."""
+    files = {**hashes, **{name: hashlib.sha256(content_of(content)).hexdigest() for name, content in small.items()}}
+    record = record_of(source, event, source.hashes())
+    return to_json({**record, "files": dict(sorted(files.items())), "conversion": key}).encode()
+
+
+def record_of(source: Source, event: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the source's manifest says, its licence, and this conversion, with the hashes of its inputs where they are known, at
+    the end of the history."""
     old = dict(source.manifest or {})
     stage = old.get("stage") if source.spec.recurrent is None else FINISHED if source.stage is None else source.stage
-    origin = {"name": source.path.resolve().name, "files": {path.name: path.stat().st_size for path in source.inputs}}
-    if known := old.get("files"):
-        origin["sha256"] = {path.name: known[path.name] for path in source.inputs if path.name in known}
+    place = source.path if source.path.is_dir() else source.path.parent
+    name = source.path.resolve().name
+    origin: dict[str, Any] = {
+        "name": name,
+        **hub_origin(place),
+        "files": {path.name: path.stat().st_size for path in source.inputs},
+    }
+    if hashes:
+        origin["sha256"] = dict(hashes)
     told = {"kind": "convert", "from": source.format, **event, "source": origin}
     if source.notices:
         told["notices"] = list(source.notices)
-    history = [*old.get("history", []), told]
-    files = {**hashes, **{name: hashlib.sha256(content_of(content)).hexdigest() for name, content in small.items()}}
-    new = {"schema": SCHEMA, "stage": stage, "history": history, "files": dict(sorted(files.items())), "conversion": key}
-    return to_json({**old, **new}).encode()
+    terms = {} if carried_license(old) else license_of(place, None)
+    new = {"schema": SCHEMA, "stage": stage, "history": [*old.get("history", []), told], **({"license": terms} if terms else {})}
+    return {**old, **new}
 
 
 def work_key(source: Source, writing: Writing, target: str, allow: bool) -> str:

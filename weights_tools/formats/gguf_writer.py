@@ -11,7 +11,17 @@ import numpy as np
 from radlads.folder import MANIFEST
 from radlads.spec import ModelSpec
 from radlads.weights_tools.formats import gguf_tokenizer as tokenizer
-from radlads.weights_tools.formats.format import EMBEDDING, HEAD, Output, Source, Writing, manifest_of, pieces_of, refuse
+from radlads.weights_tools.formats.format import (
+    EMBEDDING,
+    HEAD,
+    Output,
+    Source,
+    Writing,
+    manifest_of,
+    pieces_of,
+    record_of,
+    refuse,
+)
 from radlads.weights_tools.formats.gguf_file import TYPES
 from radlads.weights_tools.formats.gguf_rules import ROPE_FREQS, RWKV6, TEACHERS, rope_factors, rules_of
 from radlads.weights_tools.lazy import Lazy, cast, widened
@@ -39,11 +49,11 @@ def plan(source: Source, writing: Writing, key: str) -> Output:
     if spec.rope_scaling and spec.rope_scaling["rope_type"] == "llama3" and not spec.recurrent:
         factors = rope_factors(spec.N, spec.rope_theta, spec.rope_scaling)
         stored = {ROPE_FREQS: Lazy("F32", factors.shape, lambda start, stop: factors[start:stop]), **stored}
-    meta = {**metadata(source, ours, writing.dtype or source.dtype), "radlads.conversion": key}
-    meta |= tokenizer.metadata_of(source.files, source.token_ids, spec.V, source.path)
-    name = "model.gguf"
     event = {"to": "gguf", "dtype": writing.dtype or "stored"}
-    file = OutputFile(name, [fixed("header", header(meta, stored)), *data(stored)])
+    own = {"radlads.manifest": json.dumps(record_of(source, event)), "radlads.conversion": key}
+    meta = {**metadata(source, ours, writing.dtype or source.dtype), **own}
+    meta |= tokenizer.metadata_of(source.files, source.token_ids, spec.V, source.path)
+    file = OutputFile("model.gguf", [fixed("header", header(meta, stored)), *data(stored)])
     notices = clamp_notices(spec, source.tensors)
     return Output([file], lambda hashes: {MANIFEST: manifest_of(source, event, key, hashes, {})}, notices)
 
@@ -132,7 +142,6 @@ def metadata(source: Source, ours: Mapping[str, Lazy], dtype: str) -> dict[str, 
         "radlads.spec": json.dumps(spec.to_dict()),
         "radlads.dtypes": json.dumps(changed),
         "radlads.config": json.dumps(source.token_ids),
-        "radlads.manifest": json.dumps(source.manifest or {}),
     }
     return {**general, **{f"{arch}.{name}": value for name, value in keys.items()}, **own}
 
