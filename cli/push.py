@@ -52,8 +52,8 @@ def push(options: PushOptions) -> PushResult:
         raise fail("R104", where="push", why="huggingface_hub is not installed", fix=fix) from None
     api: Any = HfApi(library_name="radlads")
     try:
-        api.create_repo(options.repo, private=options.private or None, exist_ok=True)
         note(f"uploading {len(files)} files to {options.repo}")
+        api.create_repo(options.repo, private=options.private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=options.repo,
             folder_path=options.model,

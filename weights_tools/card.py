@@ -7,6 +7,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from radlads.errors import RadladsError, printable
+from radlads.families.published import is_published
 from radlads.files import read_json
 from radlads.folder import ModelFolder
 from radlads.provenance import carried_license
@@ -33,7 +34,7 @@ def card(folder: ModelFolder, verdict: Mapping[str, Any] | None, *, license: str
         head(folder, teacher, {"license": license} if license else carried_license(manifest)),
         f"# {inline(folder.path.resolve().name)}\n",
         summary(folder, teacher),
-        section("Use", use()),
+        section("Use", use(folder)),
         section("Results", results(run)),
         section("How it was made", history(manifest)),
         section("Where it comes from", origin(teacher)),
@@ -46,7 +47,8 @@ def card(folder: ModelFolder, verdict: Mapping[str, Any] | None, *, license: str
 
 def head(folder: ModelFolder, teacher: Mapping[str, Any], terms: Mapping[str, str]) -> str:
     """The YAML between dashes that the Hub reads."""
-    known: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = "mlx" if folder.quantised else "transformers"
+    known: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     known |= {"license": "unknown", **terms}
     if isinstance(teacher.get("repository"), str):
         known |= {"base_model": teacher["repository"], "base_model_relation": "finetune"}
@@ -76,15 +78,19 @@ def summary(folder: ModelFolder, teacher: Mapping[str, Any]) -> str:
     return f"{name} with its softmax attention replaced by {spec.recurrent} in {layers}; {size}. {memory}\n"
 
 
-def use() -> list[str]:
+def use(folder: ModelFolder) -> list[str]:
     """Commands for the libraries that load the folder."""
-    return [
-        "The folder carries its own model files. They are code: read them, then pin the revision.\n",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", revision="COMMIT", trust_remote_code=True)\n```\n',
-        "```sh\nmlx_lm.generate --model PATH --trust-remote-code --prompt 'Hello'\n"
-        "radlads chat PATH   # runs no code of the folder\n```\n",
-    ]
+    own = "radlads chat PATH   # runs no code of the folder\n```\n"
+    if is_published(folder.config):
+        kind = inline(str(folder.config.get("model_type")))
+        return [f"The layout is {kind}: stock transformers needs the model code of its authors in the folder.\n", f"```sh\n{own}"]
+    shipped = "auto_map" in folder.config
+    trust = ", trust_remote_code=True" if shipped else ""
+    load = f'model = AutoModelForCausalLM.from_pretrained("PATH", revision="COMMIT"{trust})'
+    generate = f"mlx_lm.generate --model PATH{' --trust-remote-code' if shipped else ''} --prompt 'Hello'"
+    told = "The folder carries its own model files. They are code: read them, then pin the revision.\n"
+    python = f"```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n{load}\n```\n"
+    return [*([told] if shipped else []), *([] if folder.quantised else [python]), f"```sh\n{generate}\n{own}"]
 
 
 def results(run: Mapping[str, Any] | None) -> list[str]:

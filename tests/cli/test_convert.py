@@ -106,6 +106,8 @@ def test_a_model_of_others_keeps_its_origin_licence_and_hashes(radlads, teacher,
     theirs = tmp_path / "models--them--QRWKV7-tiny" / "snapshots" / ("b" * 40)
     wish = ("--layout", "rwkv7qwen3", "--output-dir", theirs)
     assert radlads("convert", tmp_path / "student", *wish).status == 0
+    text = radlads("card", theirs, "--stdout").out
+    assert "The layout is rwkv7qwen3" in text and "its own model files" not in text and "mlx_lm" not in text
     (theirs / "radlads.json").unlink()
     (theirs / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     for target, place in (("mlx", "q"), ("hf", "back")):
@@ -121,6 +123,7 @@ def test_a_model_of_others_keeps_its_origin_licence_and_hashes(radlads, teacher,
         assert radlads("verify", tmp_path / place, "--files-only").status == 0
         text = radlads("card", tmp_path / place, "--stdout").out
         assert "base_model: them/QRWKV7-tiny" in text and "license: apache-2.0" in text
+        assert ("AutoModelForCausalLM" in text) == (target == "hf") and "--trust-remote-code" in text
 
 
 def test_hashes_of_the_input_wait_for_the_conversion_and_tell_what_cannot_be_read(tmp_path, monkeypatch):

@@ -22,10 +22,11 @@ from radlads.session import Session
 from radlads.tensors import read_raw
 from radlads.tokenizer import Tokenizer
 from radlads.weights_tools.convert import convert
-from radlads.weights_tools.formats.format import Writing
+from radlads.weights_tools.formats.format import Reading, Writing
 from tests.models import CHAT_TEMPLATE, tiny_tokenizer
 from tests.published import QRWKV6_7B, QRWKV7_7B, SYSTEMS, System, reference_logits
 
+HXA = next(system for system in SYSTEMS if system.name == "HRWKV7-hxa079-Qwen3-8B")
 TOKENS = np.random.default_rng(1).integers(0, 512, 41)
 
 
@@ -101,6 +102,42 @@ def test_its_layout_is_written_as_it_came(case: Case, tmp_path: Path) -> None:
         assert read_raw(entry).tobytes() == read_raw(back.weights[name]).tobytes(), name
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (back.path / name).read_bytes() == (folder.path / name).read_bytes()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("system", [QRWKV6_7B, QRWKV7_7B, HXA], ids=lambda system: system.kind)
+def test_a_raw_pth_with_its_teachers_config_is_the_same_model(system: System, tmp_path: Path) -> None:
+    """As in radlads-7b-various, and with OpenMOSE's names: nothing but torch.save, and the teacher's folder."""
+    small = system.small()
+    weights = stored(small)
+    names = dict(zip(weights, map(openmose, weights), strict=True)) if small.hxa else {name: name for name in weights}
+    path = tmp_path / "L3-D64-qwen2-3.pth"
+    torch.save({names[name]: value for name, value in weights.items()}, path)
+    (tmp_path / "teacher").mkdir()
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "vocab_size", "rms_norm_eps", "rope_theta")  # fmt: skip
+    sizes = {key: value for key, value in small.config().items() if key in keys}
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps({**sizes, "model_type": small.family}))
+    said: list[str] = []
+    reading = Reading(config=str(tmp_path / "teacher"))
+    convert(path, tmp_path / "folder", "hf", reading=reading, say=said.append)
+    folder = open_folder(tmp_path / "folder")
+    assert folder.spec.recurrent == small.kind and folder.spec.kept_layers == small.kept and folder.stage == 2
+    assert any("ranks from shapes" in line for line in said)
+    arrays = {name: value.float().numpy() for name, value in weights.items()}
+    found = load_model(folder, dtype="float32")(torch.from_numpy(TOKENS)[None])[0][0].numpy()
+    assert relative(found, reference_logits(small, arrays, TOKENS)) <= 1e-5
+
+
+def openmose(name: str) -> str:
+    """The name of a tensor in OpenMOSE's files, by the published map."""
+    for ours, theirs in (("model.layers.", "blocks."), ("self_attn.", "att."), ("mlp.", "ffn."), ("_proj.", "."),
+                         ("post_attention_layernorm", "ln2"), ("input_layernorm", "ln1"), ("model.norm", "ln_out"),
+                         ("model.embed_tokens", "emb"), ("lm_head", "head"), ("r_norm", "ln_r"), ("q_norm", "ln_r"),
+                         ("k_norm", "ln_k")):  # fmt: skip
+        if ours != "_proj." or ".ffn." in name:
+            name = name.replace(ours, theirs)
+    return name
 
 
 @torch.no_grad()
