@@ -241,7 +241,7 @@ class Bench:
         data, options = Path(self.options.eval_data), self.options
         small = [] if options.scale == 1 else ["--limit", 4, "--recall-items", 1, "--draws", 100, "--max-tokens", 4]
         teacher = self.teacher if self.teacher.is_dir() else options.teacher
-        long = "256,512,1024,2048,4096,8192" if options.scale == 1 else "64"
+        long = "256,512,1024,2048,4096,8192" if options.scale == 1 else "256"
 
         def measure(name: str) -> Callable[[str], object]:
             whole = name in ("rwkv7", "rwkv6")
