@@ -6,6 +6,7 @@ A teacher is whole on every GPU, sharded, or sharded in the memory of the CPU. U
 """
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,20 +144,23 @@ def reduce_early(unit: Any) -> None:
     FSDP waits for the gradient of the unit's input. In step 1 there is none: all units would be reduced after the backward
     pass, and nothing would hide it.
     """
-    group = unit._get_fsdp_state()._fsdp_param_group
-    hooked: set[nn.Parameter] = set()
-    missing: set[nn.Parameter] = set()
+    # Hooks of tensors are out of the garbage collector's sight: what they refer to would never be freed.
+    group = weakref.ref(unit._get_fsdp_state()._fsdp_param_group)
+    hooked: set[int] = set()
+    missing: set[int] = set()
 
     def has_gradient(parameter: Tensor) -> None:
-        missing.discard(parameter)  # type: ignore[arg-type]
-        if not missing:
-            group.post_backward()
+        missing.discard(id(parameter))
+        reduced: Any = group()
+        if not missing and reduced is not None:
+            reduced.post_backward()
 
     def begin(*_: Any) -> None:
-        whole = {p for p in unit.parameters() if p.requires_grad}
+        whole = {id(p): p for p in unit.parameters() if p.requires_grad}
         missing.update(whole if torch.is_grad_enabled() else ())
-        for parameter in whole - hooked:
-            parameter.register_post_accumulate_grad_hook(has_gradient)
+        for key, parameter in whole.items():
+            if key not in hooked:
+                parameter.register_post_accumulate_grad_hook(has_gradient)
         hooked.update(whole)
 
     unit.register_forward_pre_hook(begin)  # after FSDP's own: the parameters are whole by then
