@@ -45,15 +45,6 @@ def ours(inputs: Inputs, **options: object) -> Tensor:
     return distillation_loss(hidden, head, TeacherHead(t_hidden, t_head), labels, **options)
 
 
-def without_offsets(inputs: Inputs) -> Tensor:
-    """Ours from logits as they are."""
-    before, losses.row_offsets = losses.row_offsets, lambda *_: None
-    try:
-        return ours(inputs)
-    finally:
-        losses.row_offsets = before
-
-
 def plain(inputs: Inputs) -> Tensor:
     """All logits at once."""
     hidden, head, t_hidden, t_head, _ = inputs
@@ -85,7 +76,6 @@ def forms(wanted: str, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     found: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: ours(inputs),
         "ours again": lambda: ours(inputs),
-        "ours, logits as they are": lambda: without_offsets(inputs),
         "ours, float32 head gradient": lambda: ours(inputs, float32_head_grad=True),
         "ours, frozen head": lambda: ours(frozen),
         "ours, reverse KL": lambda: ours(inputs, divergence="reverse_kl"),

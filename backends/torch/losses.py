@@ -1,9 +1,8 @@
 """Losses over a large vocabulary, from hidden states: the logits of all tokens never exist at once.
 
-Tokens go through in groups: the student's logits, then the teacher's, a part at a time; the student's are overwritten with
-their gradient, from which those of hidden states and head follow, so the backward pass only scales. Logits in bfloat16 are
-kept less an offset of their token near the largest one, so that those of likely tokens are small and rounding hardly moves
-them: no loss depends on what is added to all logits of a token.
+Tokens go through in groups. Of a group the student's logits are made, then the teacher's, a part at a time; the student's are
+overwritten with their gradient, from which the gradients of hidden states and head follow. So everything is done when the
+loss is known, and the backward pass only scales.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from radlads.backends.torch.kernels.kl import COLUMNS, RowLoss, TopK, differentiate, fill_rows_, row_losses, scale_
+from radlads.backends.torch.kernels.kl import COLUMNS, RowLoss, TopK, differentiate, row_losses, scale_
 
 # Label of a token that does not count, as in torch.nn.functional.cross_entropy.
 IGNORED = -100
@@ -21,8 +20,6 @@ IGNORED = -100
 LOGITS_BYTES = {"cuda": 780 * 2**20, "cpu": 10 * 2**20}
 # The student's logits of this many parts of a group exist at once, the teacher's of one: fewer, longer products for the head.
 PARTS = 4
-# Rows of a head, spread over it, whose largest logit stands for the largest of all.
-SAMPLED = 1024
 # Tokens of one product with the head: 2,048 of them leave more of a GPU idle at the end.
 ROWS_OF_PRODUCT = 1024
 
@@ -131,11 +128,6 @@ def linear_divergence(
     loss = RowLoss(divergence, beta, temperature, kl_weight, ce_weight, first_id, ranks)
     kind = "dense" if teacher_hidden is not None else "none" if top_ids is None else "top_k"
     table = torch.zeros(n, COLUMNS, dtype=wide, device=hidden.device)
-    # Before there is anything large: what they are found from is gone then.
-    offsets = row_offsets(hidden, head, labels, loss)
-    teacher_offsets = None
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher_offsets = row_offsets(teacher_hidden.to(hidden.dtype), teacher_head.to(hidden.dtype), labels, loss)
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_head = torch.empty_like(head, dtype=wide if float32_head_grad else None) if need_head else head.new_empty(0)
     many, few = tokens_at_once(V, hidden.element_size(), hidden.device.type)
@@ -146,14 +138,13 @@ def linear_divergence(
     for start in range(0, n, many):
         group_rows = slice(start, min(start + many, n))
         logits = student[: group_rows.stop - start, :V]
-        make_logits(logits, hidden[group_rows], head, offsets, group_rows)
+        torch.mm(hidden[group_rows], head.T, out=logits)
         for first in range(start, group_rows.stop, few):
             rows = slice(first, min(first + few, group_rows.stop))
             target: Tensor | TopK | None = None
             if teacher_hidden is not None and teacher_head is not None:
                 target = teacher[: rows.stop - first, :V]
-                states, other = teacher_hidden[rows].to(hidden.dtype), teacher_head.to(hidden.dtype)
-                make_logits(target, states, other, teacher_offsets, rows)
+                torch.mm(teacher_hidden[rows].to(hidden.dtype), teacher_head.T.to(hidden.dtype), out=target)
             elif top_ids is not None and top_log_p is not None and top_log_tail is not None:
                 target = TopK(top_ids[rows], top_log_p[rows], top_log_tail[rows])
             differentiate(logits[first - start : rows.stop - start], target, labels[rows], weights[rows], table[rows], loss)
@@ -167,28 +158,6 @@ def linear_divergence(
     # A token that does not count is left out, whatever its logits are.
     total = (row_losses(table, loss, kind) * weights).masked_fill(weights == 0, 0).sum()
     return total, grad_hidden, grad_head
-
-
-def row_offsets(hidden: Tensor, head: Tensor, labels: Tensor, loss: RowLoss) -> Tensor | None:
-    """About the largest logit of each token (n,): of some rows of the head and the label. None where logits are float32."""
-    if hidden.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    found = (hidden @ head[:: max(1, len(head) // SAMPLED)].T).amax(1)
-    index = labels - loss.first_id
-    own = (hidden * head[index.clamp(0, len(head) - 1)]).sum(-1)
-    found = torch.where((index >= 0) & (index < len(head)), torch.maximum(found, own), found)
-    if loss.group is not None:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=loss.group)
-    return found
-
-
-def make_logits(out: Tensor, hidden: Tensor, head: Tensor, offsets: Tensor | None, rows: slice) -> None:
-    """out (rows, V) = hidden (rows, D) @ head.T - the offsets of these rows, rounded once."""
-    if offsets is None:
-        torch.mm(hidden, head.T, out=out)
-    else:
-        fill_rows_(out, offsets[rows])
-        torch.addmm(out, hidden, head.T, out=out)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

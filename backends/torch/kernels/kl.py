@@ -7,20 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from radlads.backends.torch.kernels.kl_triton import (
-    fill_rows_kernel,
-    kl_grad_kernel,
-    kl_mixture_kernel,
-    kl_stats_kernel,
-    scale_kernel,
-)
+from radlads.backends.torch.kernels.kl_triton import kl_grad_kernel, kl_mixture_kernel, kl_stats_kernel, scale_kernel
 from radlads.backends.torch.kernels.lang import HAS_TRITON, triton
 
 COLUMNS = 6
 STUDENT_SUM, TEACHER_SUM, CROSS, PLAIN_SUM, LABEL, SLOPE = range(COLUMNS)
 # Values of a row at a time, and warps of a program.
 KL_LAUNCH = {"stats": (2048, 8), "mixture": (4096, 8), "grad": (4096, 8)}
-FILL_BLOCK = 8192
 # The least log-probability of a bucket of top_k, and what stands for a logit that was taken out.
 LEAST_LOG, TAKEN = -80.0, -1e30
 
@@ -269,15 +262,6 @@ def launch_grad(z: Tensor, t: Tensor | None, labels: Tensor, weights: Tensor, ta
         loss.kl_weight, loss.ce_weight, loss.beta, *loss.logs,
         KIND="top_k" if t is None else loss.kind, CE=loss.ce_weight != 0, **launch_options(z, "grad"),
     )  # fmt: skip
-
-
-def fill_rows_(x: Tensor, values: Tensor) -> None:
-    """x (rows, V) becomes minus values (rows,) in every column."""
-    if HAS_TRITON and x.is_cuda:
-        grid = (len(x), triton.cdiv(x.shape[1], FILL_BLOCK))
-        fill_rows_kernel[grid](x, values, x.shape[1], x.stride(0), BLOCK=FILL_BLOCK, num_warps=8)
-    else:
-        x.copy_(-values[:, None])
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

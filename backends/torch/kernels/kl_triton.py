@@ -15,6 +15,11 @@ def kl_over_mixture(log_ratio, log_beta, log_rest):
 
 
 @triton.jit
+def kl_larger(x, y, x_other, y_other):
+    return tl.maximum(x, x_other), tl.maximum(y, y_other)
+
+
+@triton.jit
 def kl_block(row, column, V, OTHER: tl.constexpr):
     """A block of logits as they are stored; the caller asks for the next one before it works on this one."""
     return tl.load(row + column, mask=(column >= 0) & (column < V), other=OTHER)
@@ -23,10 +28,7 @@ def kl_block(row, column, V, OTHER: tl.constexpr):
 @triton.jit
 def kl_stats_kernel(student, teacher, labels, table, V, student_stride, teacher_stride, first_id, inv_temperature,
                     KIND: tl.constexpr, CE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row of the table: both log-sum-exps, the expected log-ratio of the logits, and what cross-entropy needs.
-
-    Every lane has sums and largest logits of its own until the end, so that no block waits for all lanes.
-    """
+    """Row of the table: both log-sum-exps, the expected log-ratio of the logits, and what cross-entropy needs."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -34,8 +36,8 @@ def kl_stats_kernel(student, teacher, labels, table, V, student_stride, teacher_
     lane = tl.arange(0, BLOCK)
     # Powers of two of (x - max) * scale: one multiply-add and one exponential for each logit.
     scale = inv_temperature * LOG2_E
-    z_max = tl.full((BLOCK,), NOTHING, tl.float32)
-    t_max = tl.full((BLOCK,), NOTHING, tl.float32)
+    z_max = tl.full((), NOTHING, tl.float32)
+    t_max = tl.full((), NOTHING, tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     t_sum = tl.zeros((BLOCK,), tl.float32)
     plain_sum = tl.zeros((BLOCK,), tl.float32)
@@ -50,38 +52,38 @@ def kl_stats_kernel(student, teacher, labels, table, V, student_stride, teacher_
         next_z = kl_block(student, start + BLOCK + lane, V, NOTHING)
         if KIND != "none":
             next_t = kl_block(teacher, start + BLOCK + lane, V, NOTHING)
-        z_new = tl.maximum(z_max, z)
+            z_new, t_new = tl.reduce((z, t), 0, kl_larger)
+        else:
+            z_new = tl.max(z, 0)
+            t_new = t_max
+        z_new = tl.maximum(z_max, z_new)
         z_scale = tl.exp2((z_max - z_new) * scale)
-        z_exp = tl.exp2((z - z_new) * scale)
+        z_exp = tl.exp2(z * scale - z_new * scale)
         z_sum = z_sum * z_scale + z_exp
         if CE:
-            plain_sum = plain_sum * tl.exp2((z_max - z_new) * LOG2_E) + tl.exp2((z - z_new) * LOG2_E)
+            plain_sum = plain_sum * tl.exp2((z_max - z_new) * LOG2_E) + tl.exp2(z * LOG2_E - z_new * LOG2_E)
         z_max = z_new
         if KIND != "none":
-            t_new = tl.maximum(t_max, t)
+            t_new = tl.maximum(t_max, t_new)
             t_scale = tl.exp2((t_max - t_new) * scale)
-            t_exp = tl.exp2((t - t_new) * scale)
+            t_exp = tl.exp2(t * scale - t_new * scale)
             t_sum = t_sum * t_scale + t_exp
             t_max = t_new
             if KIND == "kl":
                 cross = cross * t_scale + t_exp * (t - z)
             if KIND == "reverse_kl":
                 cross = cross * z_scale + z_exp * (z - t)
-    z_most = tl.max(z_max, 0)
-    z_scale = tl.exp2((z_max - z_most) * scale)
-    z_total = tl.sum(z_sum * z_scale, 0)
-    tl.store(table, z_most * inv_temperature + tl.log(z_total))
+    z_total = tl.sum(z_sum, 0)
+    tl.store(table, z_max * inv_temperature + tl.log(z_total))
     if KIND != "none":
-        t_most = tl.max(t_max, 0)
-        t_scale = tl.exp2((t_max - t_most) * scale)
-        t_total = tl.sum(t_sum * t_scale, 0)
-        tl.store(table + 1, t_most * inv_temperature + tl.log(t_total))
+        t_total = tl.sum(t_sum, 0)
+        tl.store(table + 1, t_max * inv_temperature + tl.log(t_total))
         if KIND == "kl":
-            tl.store(table + 2, tl.sum(cross * t_scale, 0) / t_total * inv_temperature)
+            tl.store(table + 2, tl.sum(cross, 0) / t_total * inv_temperature)
         if KIND == "reverse_kl":
-            tl.store(table + 2, tl.sum(cross * z_scale, 0) / z_total * inv_temperature)
+            tl.store(table + 2, tl.sum(cross, 0) / z_total * inv_temperature)
     if CE:
-        tl.store(table + 3, z_most + tl.log(tl.sum(plain_sum * tl.exp2((z_max - z_most) * LOG2_E), 0)))
+        tl.store(table + 3, z_max + tl.log(tl.sum(plain_sum, 0)))
         label = tl.load(labels + row) - first_id
         tl.store(table + 4, tl.load(student + label, mask=(label >= 0) & (label < V), other=0.0).to(tl.float32))
 
@@ -166,15 +168,6 @@ def kl_grad_kernel(student, teacher, labels, weights, table, V, student_stride, 
         # A token that does not count has no gradient, whatever its logits are.
         grad = tl.where(weight == 0.0, 0.0, grad)
         tl.store(student + column, grad.to(student.dtype.element_ty), mask=column < V)
-
-
-@triton.jit
-def fill_rows_kernel(x, values, V, stride, BLOCK: tl.constexpr):
-    """Every column of a row of x becomes minus the row's value."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.zeros((BLOCK,), tl.float32) - tl.load(values + row).to(tl.float32)
-    tl.store(x + row * stride + column, value.to(x.dtype.element_ty), mask=column < V)
 
 
 @triton.jit
