@@ -46,18 +46,29 @@ def gpu_called(name: str, gpus: dict[str, Gpu] = GPUS) -> Gpu | None:
     return next((gpu for key, gpu in gpus.items() if key in words), None)
 
 
-# Share of the matmul rate that model FLOPs reach while computing, by kind of stage: what the trainer is built for.
-EFFICIENCY = {"align": 0.55, "distill": 0.50, "lm": 0.50}
+# What the trainer takes on one H100 (docs/log.md has the runs): the share of the matmul rate that its matrix products reach;
+# bytes of memory traffic that the rest is worth, for each token: of the recurrence a channel, forward and backward, and how much
+# more where the forward is done again; of everything between for each byte kept for the backward pass; of the loss a logit.
+PRODUCTS = 0.88
+RECURRENCE_BYTES = {"rwkv6": 275.0, "rwkv7": 434.0}
+AGAIN = 1.37
+BETWEEN, LOSS_TRAFFIC = 5.8, 16.0
+# Share of a step in which the GPU waits.
+IDLE = 0.01
 # Share of communication that computing hides, where there is enough of it.
 HIDDEN = 0.9
 # CUDA's context, libraries, NCCL's buffers, and blocks that the allocator holds but cannot use.
-OVERHEAD_GIB, FRAGMENTATION = 1.5, 0.03
+OVERHEAD_GIB, FRAGMENTATION = 0.5, 0.01
+# NCCL's buffers and FSDP's gathered units in passing.
+NCCL_GIB = 1.0
 # Logits that exist at once in the loss.
 LOGITS_BYTES = 0.76 * GIB
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}
 # Bytes a token leaves for the backward pass in one layer: per unit of (D, C, F), for bf16; counted on the model in a test.
 MIXER_BYTES = {"softmax": (2, 16), "rwkv6": (24, 40), "rwkv7": (2, 55)}
 NORM_BYTES, FEED_FORWARD_BYTES = 12, 8
+# The same for compiled layers, which keep less: a share of the mixer's, and the other two. Measured on one H100.
+COMPILED_MIXER, COMPILED_NORM, COMPILED_FEED_FORWARD = 0.54, 4, 6
 
 
 @dataclass(frozen=True)
@@ -241,20 +252,25 @@ def trained(stage: Stage, student: ModelSpec, parts: Sizes) -> int:
     return sum(product(row.shape) for name, row in rows if ".self_attn." in name and any(part in name for part in names))
 
 
-def activation_bytes(spec: ModelSpec, *, mixers_only: bool = False, recompute: bool = False, width: int = 2) -> float:
+def activation_bytes(
+    spec: ModelSpec, *, mixers_only: bool = False, recompute: bool = False, width: int = 2, compiled: bool = False
+) -> float:
     """Bytes a token leaves for the backward pass in all layers; `width` is the bytes of an activation."""
     total = 0.0
+    share, norm, forward = (
+        (COMPILED_MIXER, COMPILED_NORM, COMPILED_FEED_FORWARD) if compiled else (1.0, NORM_BYTES, FEED_FORWARD_BYTES)
+    )
     for name in spec.mixers:
         if mixers_only and not MIXERS[name].recurrent:
             continue
         d, c = MIXER_BYTES.get(name, MIXER_BYTES["rwkv7"])
-        mixer = d * spec.D + c * spec.C
+        mixer = share * (d * spec.D + c * spec.C)
         if recompute:
-            total += 2 * 2 * spec.D + NORM_BYTES * spec.D
+            total += 2 * 2 * spec.D + norm * spec.D
         else:
-            total += mixer if mixers_only else mixer + NORM_BYTES * spec.D + FEED_FORWARD_BYTES * spec.F
+            total += mixer if mixers_only else mixer + norm * spec.D + forward * spec.F
     if recompute:  # and one unit while its backward pass runs
-        total += max(FEED_FORWARD_BYTES * spec.F, max(c for _, c in MIXER_BYTES.values()) * spec.C)
+        total += max(forward * spec.F, share * max(c for _, c in MIXER_BYTES.values()) * spec.C)
     return total * width / 2
 
 
@@ -294,15 +310,16 @@ def memory_of(
         share = {"whole": inside, "sharded": inside / shards + 2 * t.largest_unit, "offloaded": 2 * t.largest_unit}[how.teacher]
         frozen = (share + t.root) * width
     recompute = how.recompute == "always" and not align
-    alive = tokens * activation_bytes(student, mixers_only=align, recompute=recompute, width=width)
+    compiled = how.compile == "auto"
+    alive = tokens * activation_bytes(student, mixers_only=align, recompute=recompute, width=width, compiled=compiled)
     # The teacher's pass leaves nothing but one layer at a time.
     passing_teacher = tokens * (8 * student.F + 16 * student.D) * width / 2 if align else 0.0
     hidden = tokens * student.D * width * (0 if align else 4)
-    loss = 0.0 if align else LOGITS_BYTES * width / 2 + hidden + student.V * student.D * width
+    # The head's gradient is among the gradients.
+    loss = 0.0 if align else LOGITS_BYTES * width / 2 + hidden
     lasting = held + frozen + optimizer + gradients + alive + loss
-    return Memory(
-        held, frozen, optimizer, gradients, alive + passing_teacher, loss, updating, OVERHEAD_GIB * GIB + FRAGMENTATION * lasting
-    )
+    overhead = (OVERHEAD_GIB + (NCCL_GIB if gpus > 1 else 0)) * GIB + FRAGMENTATION * lasting
+    return Memory(held, frozen, optimizer, gradients, alive + passing_teacher, loss, updating, overhead)
 
 
 def plan_stage(
@@ -341,15 +358,18 @@ def time_stage(
     """Time and memory of a stage spread in one given way."""
     per_token = flops_per_token(stage, teacher, student)
     width = 2 if precision == "bfloat16" else 4
-    rate = gpu.flops * (efficiency or EFFICIENCY[stage.kind]) * (1 if width == 2 else 0.5)
     align, parts = stage.kind == "align", sizes(student)
     recompute = how.recompute == "always" and not align
     again = matrix_flops(student, head=False) if recompute else 0.0
     tokens = stage.tokens_per_step / gpus
+    rate = gpu.flops * (efficiency or PRODUCTS) * (1 if width == 2 else 0.5)
     compute = tokens * (per_token + again) / rate
+    if efficiency is None:
+        compute += tokens * traffic_bytes(stage, student, recompute, width) / gpu.bandwidth
+        compute /= 1 - IDLE
     learned = trained(stage, student, parts)
     whole = parts.mixers if align else parts.total
-    optimizer = learned / max(1, gpus // how.copies) * (22 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
+    optimizer = learned / max(1, gpus // how.copies) * (14 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
     communication = 0.0
     if gpus > 1:
         sequence = how.sharing(stage.kind)
@@ -368,6 +388,14 @@ def time_stage(
         per_token, per_token * stage.steps * stage.tokens_per_step, stage.steps * compute, stage.steps * exposed,
         stage.steps * optimizer, seconds, memory, memory.peak <= gpu.gib * GIB,
     )  # fmt: skip
+
+
+def traffic_bytes(stage: Stage, student: ModelSpec, recompute: bool, width: int) -> float:
+    """Bytes of memory traffic a token that all but the matrix products is worth."""
+    align, more = stage.kind == "align", AGAIN if recompute else 1.0
+    scans = sum(RECURRENCE_BYTES.get(name, RECURRENCE_BYTES["rwkv7"]) for name in student.mixers if MIXERS[name].recurrent)
+    between = BETWEEN * activation_bytes(student, mixers_only=align, compiled=True)
+    return (more * (scans * student.C + between) + (0 if align else LOSS_TRAFFIC * student.V)) * width / 2
 
 
 def as_trained(recipe: Recipe, stage: Stage, student: ModelSpec) -> ModelSpec:

@@ -1,11 +1,12 @@
 """The planner's arithmetic against published figures and sums written out here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from radlads.costs import EFFICIENCY, GPUS, Plan, fit, flops_per_token, gpu_called, plan_run, sizes, ways_of
-from radlads.recipe import Recipe
+from radlads.costs import GPUS, Plan, fit, flops_per_token, gpu_called, plan_run, plan_stage, sizes, ways_of
+from radlads.recipe import Parallel, Recipe, Stage
 from radlads.shapes import SHAPES, known_shape
 
 
@@ -39,8 +40,29 @@ def test_operations_a_token_are_the_known_ones(name: str, align: float, distill:
 def test_floor_of_the_whole_conversion(name: str, hours: float) -> None:
     floor = sum(stage.flops for stage in planned(name).stages) / GPUS["h200"].flops / 3600
     assert floor == pytest.approx(hours, rel=0.03)
-    at_efficiency = sum(stage.flops / EFFICIENCY[stage.name] for stage in planned(name).stages) / GPUS["h200"].flops / 3600
-    assert at_efficiency < planned(name).gpu_hours < 1.6 * at_efficiency
+    assert 1.3 * floor < planned(name).gpu_hours < 2.2 * floor
+
+
+# Stage, shape, layers, batch, recomputing; milliseconds of a step and GiB as the driver saw it, on one H100 (docs/log.md).
+MEASURED = [
+    ("align", "qwen2.5-7b", 28, (4, 512), "never", 108.9, 34.9),
+    ("distill", "qwen2.5-7b", 6, (12, 512), "never", 208.3, 51.7),
+    ("distill", "qwen2.5-7b", 8, (12, 512), "never", 253.9, 60.1),
+    ("lm", "qwen2.5-1.5b", 28, (1, 65536), "always", 2220.0, 52.4),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "layers", "batch", "recompute", "ms", "gib"), MEASURED)
+def test_plan_is_what_an_h100_showed(
+    kind: str, shape: str, layers: int, batch: tuple[int, int], recompute: str, ms: float, gib: float
+) -> None:
+    """Time within 20 % and memory within 10 %."""
+    teacher = replace(SHAPES[shape], num_layers=layers, mixers=())
+    stage = Stage(kind=kind, tokens=batch[0] * batch[1], seq_len=batch[1], batch_size=batch[0], lr=1e-3)  # type: ignore[arg-type]
+    how = Parallel(recompute=recompute)  # type: ignore[arg-type]
+    asked = None if kind == "lm" else teacher
+    plan = plan_stage(stage, asked, teacher.as_student("rwkv7"), how, 1, GPUS["h100"], "bfloat16")
+    assert plan.seconds * 1e3 == pytest.approx(ms, rel=0.2) and plan.peak_gib == pytest.approx(gib, rel=0.1)
 
 
 def test_sizes_are_the_parameters() -> None:
@@ -85,7 +107,7 @@ def test_fit_names_changes_that_fit() -> None:
     for flags, found in changes:
         assert found.fits
         more = found.gpus > 8
-        assert flags == "--gpus 32" if more else "--set parallel.moments=" in flags
+        assert flags == "--gpus 16" if more else "--set parallel.moments=" in flags
         own = {} if more else dict(word.removeprefix("parallel.").split("=") for word in flags.split() if "parallel." in word)
         micro = 12 if more else int(flags.split("stages.1.micro_batch=")[1].split()[0])
         tried = recipe(micro, **own)
