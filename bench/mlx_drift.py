@@ -23,6 +23,7 @@ from radlads.backends.mlx.model import Model
 from radlads.data.documents import read_documents
 from radlads.demo import resolve
 from radlads.folder import open_folder
+from radlads.spec import ModelSpec
 from radlads.tokenizer import Tokenizer
 
 STEP = 500
@@ -32,6 +33,17 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "gate_proj", "up_pro
 def part(*names: str) -> Callable[[str], bool]:
     """Chooses tensors by the last part of their module's name."""
     return lambda name: name.removesuffix(".weight").rpartition(".")[2] in names
+
+
+def by_rows(spec: ModelSpec, bits: int) -> Callable[[str], int]:
+    """The bits that `radlads convert -q` gives each tensor."""
+    rows = spec.tensors()
+
+    def width(name: str) -> int:
+        how = rows[name].quantisation() if part(*MATRICES)(name) else False
+        return how["bits"] if isinstance(how, dict) else bits * how
+
+    return width
 
 
 POLICIES: dict[str, Callable[[str], bool]] = {
@@ -46,11 +58,14 @@ POLICIES: dict[str, Callable[[str], bool]] = {
 }
 
 
-def quantised(model: Model, chosen: Callable[[str], bool], bits: int, group: int, bits_of_rest: int) -> tuple[Model, float]:
-    """A copy with the chosen matrices rounded to `bits`, the other matrices to `bits_of_rest` (0: not), and bits per weight."""
+def quantised(model: Model, chosen: Callable[[str], int], bits: int, group: int, bits_of_rest: int) -> tuple[Model, float]:
+    """A copy with the chosen matrices rounded to `bits` (or to the number chosen), the other matrices to `bits_of_rest`
+    (0: not), and bits per weight.
+    """
     stored, total, weights = 0.0, 0, []
     for name, x in tree_flatten(model.parameters()):
-        wanted = bits if chosen(name) else bits_of_rest if part(*MATRICES)(name) else 0
+        choice = chosen(name)
+        wanted = (bits if choice is True else choice) if choice else bits_of_rest if part(*MATRICES)(name) else 0
         if x.ndim == 2 and x.shape[-1] % group == 0 and wanted:
             x = mx.dequantize(*mx.quantize(x, group, wanted), group_size=group, bits=wanted).astype(x.dtype)
             stored += x.size * (wanted + 32 / group)
@@ -83,7 +98,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rest", type=int, default=0, help="bits of the matrices that a row does not name; 0 leaves them")
-    parser.add_argument("--rows", default=",".join(POLICIES), help="rows to measure, comma-separated")
+    parser.add_argument("--rows", default=",".join(["the policy", *POLICIES]), help="rows to measure, comma-separated")
     options = parser.parse_args()
     folder = open_folder(options.model)
     model, tokenizer = load_model(folder, "float32"), Tokenizer(options.model)
@@ -98,7 +113,7 @@ def main() -> None:
     print(f"{options.model.name}, {tokens.size} tokens, {options.bits} bits, groups of {options.group_size}, rest {options.rest}")
     print(f"{'quantised':26s} {'bits/weight':>11s} {'KL first':>9s} {'KL last':>9s} {'state error':>11s}")
     for name in options.rows.split(","):
-        chosen = POLICIES[name]
+        chosen = POLICIES[name] if name in POLICIES else by_rows(model.spec, options.bits)
         copy, width = quantised(model, chosen, options.bits, options.group_size, options.rest)
         found, ends = log_probabilities(copy, tokens)
         kl = np.array((mx.exp(exact) * (exact - found)).sum(-1))

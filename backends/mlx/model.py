@@ -113,7 +113,7 @@ class Model(nn.Module):
         return {name: x for name, x in weights.items() if name not in unread and not name.endswith("rotary_emb.inv_freq")}
 
     @property
-    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
-        """Says which modules quantisation may touch: not those whose row is marked `keep`."""
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+        """Says how quantisation may treat a module, as its row does: not at all, as asked, or with bits of its own."""
         rows = self.spec.tensors()
-        return lambda path, module: not (f"{path}.weight" in rows and rows[f"{path}.weight"].keep)
+        return lambda path, module: f"{path}.weight" not in rows or rows[f"{path}.weight"].quantisation()

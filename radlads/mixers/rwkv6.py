@@ -21,7 +21,7 @@ def rwkv6_rows(spec: Any, layer: int) -> Iterator[Row]:
     yield Row("time_decay_w1", (D, ranks.decay), "zeros", "mixer", keep=True)
     yield Row("time_decay_w2", (ranks.decay, C), "uniform:0.01", "mixer", keep=True)
     if opts.gate == "full":
-        yield Row("gate.weight", (C, D), "zeros", "mixer")
+        yield Row("gate.weight", (C, D), "zeros", "mixer", least_bits=8)
     elif opts.gate == "lowrank":
         yield Row("g1", (D, ranks.gate), "zeros", "mixer", keep=True)
         yield Row("g2", (ranks.gate, C), "orthogonal:0.1", "mixer", keep=True)

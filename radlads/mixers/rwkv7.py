@@ -22,7 +22,7 @@ def rwkv7_rows(spec: Any, layer: int) -> Iterator[Row]:
     yield Row("v1", (D, ranks.value_residual), "zeros", "mixer", keep=True, read=later)
     yield Row("v2", (ranks.value_residual, C), "orthogonal:0.1" if later else "zeros", "mixer", keep=True, read=later)
     if opts.gate == "full":
-        yield Row("gate.weight", (C, D), "zeros", "mixer")
+        yield Row("gate.weight", (C, D), "zeros", "mixer", least_bits=8)
     elif opts.gate == "lowrank":
         yield Row("g1", (D, ranks.gate), "zeros", "mixer", keep=True)
         yield Row("g2", (ranks.gate, C), "orthogonal:0.1", "mixer", keep=True)

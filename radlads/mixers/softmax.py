@@ -2,4 +2,6 @@
 
 from radlads.mixers.table import Mixer, projection_rows
 
-SOFTMAX = Mixer("softmax", rows=lambda spec, layer: projection_rows(spec), state=lambda spec: {}, recurrent=False)
+SOFTMAX = Mixer(
+    "softmax", rows=lambda spec, layer: projection_rows(spec, recurrent=False), state=lambda spec: {}, recurrent=False
+)

@@ -14,7 +14,8 @@ class Row:
 
     `init` is "copy" (the teacher's tensor of this name), "copy:q_proj.weight" (the teacher's tensor of that name in the same
     place), or a rule of `radlads.inits` such as "zeros", "const:0.85", "uniform:0.01", "orthogonal:0.1", "decay6".
-    `group` is the optimiser group: "mixer" or "base". `keep` marks tensors that quantisation must not touch.
+    `group` is the optimiser group: "mixer" or "base". `keep` marks tensors that quantisation must not touch, `least_bits` those
+    that it must leave so many bits.
     `read` is False for a tensor that stands in published files but that no forward pass reads.
     """
 
@@ -23,12 +24,23 @@ class Row:
     init: str = "copy"
     group: str = "base"
     keep: bool = False
+    least_bits: int = 0
     read: bool = True
 
     @property
     def copied(self) -> bool:
         """Whether a student takes it over from its teacher."""
         return self.init.partition(":")[0] == "copy"
+
+    def quantisation(self) -> dict[str, Any] | bool:
+        """How MLX may quantise this matrix: False not at all, True as asked, or with settings of its own (MLX's names).
+
+        Those hold groups of 64 weights, or of 32 where a row does not divide so.
+        """
+        if self.keep or not self.least_bits:
+            return not self.keep
+        group = next((size for size in (64, 32) if not self.shape[-1] % size), None)
+        return False if group is None else {"group_size": group, "bits": self.least_bits, "mode": "affine"}
 
     def origin(self, full_name: str) -> str:
         """Full name of the teacher's tensor that the row `full_name` takes over."""
@@ -81,15 +93,20 @@ class ProjectionNames:
 TEACHER_NAMES = ProjectionNames()
 
 
-def projection_rows(spec: Any, names: ProjectionNames = TEACHER_NAMES) -> Iterator[Row]:
-    """q, k, v, o with the teacher's biases and per-head norms, under `names` (`spec`: ModelSpec)."""
+def projection_rows(spec: Any, names: ProjectionNames = TEACHER_NAMES, recurrent: bool = True) -> Iterator[Row]:
+    """q, k, v, o with the teacher's biases and per-head norms, under `names` (`spec`: ModelSpec).
 
-    def row(name: str, origin: str, shape: tuple[int, ...]) -> Row:
-        return Row(name, shape, "copy" if name == origin else f"copy:{origin}", "mixer")
+    What a recurrent mixer writes into its state keeps 8 bits: of all matrices these drift most for the bytes they save.
+    """
+
+    def row(name: str, origin: str, shape: tuple[int, ...], least_bits: int = 0) -> Row:
+        return Row(name, shape, "copy" if name == origin else f"copy:{origin}", "mixer", least_bits=least_bits)
 
     for which, width in (("q", spec.C), ("k", spec.Ckv), ("v", spec.Ckv), ("o", spec.D)):
         name, origin = getattr(names, which), getattr(TEACHER_NAMES, which)
-        yield row(f"{name}.weight", f"{origin}.weight", (width, spec.C if which == "o" else spec.D))
+        yield row(
+            f"{name}.weight", f"{origin}.weight", (width, spec.C if which == "o" else spec.D), 8 * (recurrent and which in "kv")
+        )
         if spec.output_bias if which == "o" else spec.qkv_bias:
             yield row(f"{name}.bias", f"{origin}.bias", (width,))
     if spec.qk_norm:

@@ -1,12 +1,14 @@
 """MLX folders: the same names as ours, floats as they are or affine-quantised as `mlx_lm convert -q` writes them."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from radlads.errors import fail
-from radlads.folder import CONFIG_DTYPES, ModelFolder, open_folder
+from radlads.folder import CONFIG_DTYPES, ModelFolder, open_folder, tensor_bytes
 from radlads.quantised import BITS, GROUP_SIZES, KEYS, Quantised
 from radlads.spec import ModelSpec
 from radlads.tensors import Entry, Raw, encode
@@ -55,13 +57,52 @@ def plan(source: Source, writing: Writing, key: str) -> Output:
     dtype = CONFIG_DTYPES[writing.dtype or source.dtype]
     event: dict[str, Any] = {"to": NAME, "dtype": dtype}
     settings: dict[str, Any] = {"dtype": dtype}
-    if writing.bits is not None:
-        check_wish(source, writing)
-        quantisation = {"group_size": writing.group_size, "bits": writing.bits, "mode": "affine"}
-        event["quantization"] = quantisation
-        settings |= dict.fromkeys(KEYS, quantisation)
-        tensors = dict(quantised(source.spec, tensors, writing))
-    return folder_output(source, tensors, settings, event, key, {"format": "mlx"})
+    if writing.bits is None:
+        return folder_output(source, tensors, settings, event, key, {"format": "mlx"})
+    check_wish(source, writing)
+    asked = {"group_size": writing.group_size, "bits": writing.bits, "mode": "affine"}
+    chosen = policy(source.spec, asked)
+    own = {name.removesuffix(".weight"): how for name, how in chosen.items() if how != asked}
+    event["quantization"] = asked
+    settings |= dict.fromkeys(KEYS, asked | own)
+    made = dict(quantised(tensors, chosen))
+    output = folder_output(source, made, settings, event, key, {"format": "mlx"})
+    return replace(output, notices=(*output.notices, *told(source.spec, chosen, asked, made)))
+
+
+def policy(spec: ModelSpec, asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of each matrix that is quantised, as `mlx_lm convert` finds them with our model file."""
+    chosen = {}
+    for name, row in spec.tensors().items():
+        if name.endswith(".weight") and len(row.shape) == 2 and not row.shape[-1] % asked["group_size"]:
+            how = row.quantisation()
+            if how:
+                chosen[name] = asked if how is True else how
+    return chosen
+
+
+def told(spec: ModelSpec, chosen: dict[str, dict[str, Any]], asked: dict[str, Any], made: Mapping[str, Lazy]) -> Iterator[str]:
+    """Which tensors get which bits, and why: docs/log.md has the drift that each kind causes over 10,000 tokens."""
+    rows = spec.tensors()
+    groups: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        how = chosen.get(name)
+        if how is not None:
+            label = f"{how['bits']} bits in groups of {how['group_size']}"
+            label += ", as asked" if rows[name].quantisation() is True else ", because the state and the gate carry errors on"
+        elif row.keep:
+            label = "kept as they are, because they set what the state keeps and cost few bytes"
+        elif len(row.shape) == 2:
+            label = f"kept as they are, because their rows do not divide into groups of {asked['group_size']}"
+        else:
+            label = "kept as they are: norms and biases"
+        groups.setdefault(label, []).append(name)
+    for label, names in groups.items():
+        kinds = dict.fromkeys(rows[name].name.removesuffix(".weight") for name in names)
+        weights = sum(math.prod(rows[name].shape) for name in names)
+        yield f"{label}: {', '.join(kinds)} ({weights:,} weights)"
+    stored_bytes = sum(tensor_bytes((tensor.dtype, tensor.shape)) for tensor in made.values())
+    yield f"{8 * stored_bytes / spec.parameters():.2f} bits per weight overall"
 
 
 def check_wish(source: Source, writing: Writing) -> None:
@@ -74,18 +115,13 @@ def check_wish(source: Source, writing: Writing) -> None:
         raise fail("R101", where="--q-bits", why=why, fix="Choose one of these")
 
 
-def quantised(spec: ModelSpec, tensors: dict[str, Lazy], writing: Writing) -> Iterator[tuple[str, Lazy]]:
-    """The tensors with each matrix as words, scales and biases, by the policy of `mlx_lm convert` with our model file.
-
-    Matrices whose rows divide into groups are quantised, but for those marked `keep`. Each part reads the source for itself.
-    """
-    bits, group = writing.bits or 0, writing.group_size
-    rows = spec.tensors()
+def quantised(tensors: dict[str, Lazy], chosen: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Lazy]]:
+    """The tensors, each chosen matrix as words, scales and biases; each of these parts reads the source for itself."""
     for name, tensor in tensors.items():
-        matrix = name.endswith(".weight") and len(tensor.shape) == 2 and not tensor.shape[-1] % group
-        if not matrix or rows[name].keep:
+        if name not in chosen:
             yield name, tensor
             continue
+        bits, group = chosen[name]["bits"], chosen[name]["group_size"]
         stem, (n, columns) = name.removesuffix(".weight"), tensor.shape
         cost = 4 * columns
         yield name, Lazy("U32", (n, columns * bits // 32), partial(quantised_words, tensor, bits, group), cost)
