@@ -3,10 +3,11 @@
 import os
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 from radlads.cli.options import opt
 from radlads.cli.render import Table, size
@@ -46,14 +47,14 @@ class Finding:
 
 @dataclass
 class DoctorResult:
-    """All findings; `healthy` when at least one backend works and no kernel is wrong. `speeds` are lines for people."""
+    """All findings; `healthy` when at least one backend works and no kernel is wrong. `speeds` are what MLX was timed at."""
 
     radlads: str
     python: str
     platform: str
     healthy: bool
     findings: list[Finding]
-    speeds: list[str]
+    speeds: list[dict[str, Any]]
 
     @property
     def exit_status(self) -> int:
@@ -68,7 +69,18 @@ class DoctorResult:
         verdict = "No backend works: install PyTorch or MLX with one of the commands above."
         if self.healthy or wrong:
             verdict = "A kernel is wrong on this machine: please report all of this." if wrong else "Ready."
-        return [f"radlads {self.radlads}, Python {self.python}, {self.platform}", found, *self.speeds, verdict]
+        head = f"radlads {self.radlads}, Python {self.python}, {self.platform}"
+        return [head, found, *([self.times()] if self.speeds else []), verdict]
+
+    def times(self) -> Table:
+        """What was timed, ours beside mlx-lm's own forms."""
+        rows = []
+        for speed in self.speeds:
+            bytes_ = speed["unit"] == "bytes/s"
+            rate = f"{speed['rate'] / 1e9:,.1f} GB/s" if bytes_ else f"{speed['rate']:,.0f} {speed['unit']}"
+            share = "" if speed["of_copy"] is None else f"{100 * speed['of_copy']:.0f} %"
+            rows.append((speed["what"], speed["form"], rate, share))
+        return Table(("MLX, one layer's recurrence", "form", "speed", "of a copy's bandwidth"), rows)
 
 
 def doctor(options: DoctorOptions) -> DoctorResult:
@@ -120,8 +132,15 @@ def torch_kernels() -> list[Finding]:
         checks = selftest.kernel_selftest(device)
     except Exception as error:  # compilers and drivers fail in their own ways
         return [Finding("kernels of torch", BROKEN, f"{type(error).__name__}: {error}", fix)]
-    return [Finding(c.name, GOOD if c.passed else WRONG, f"worst relative error {c.error:.1e} in {c.where}, at most {c.bar:.0e}",
-                    "" if c.passed else fix) for c in checks]
+    return [
+        Finding(
+            c.name,
+            GOOD if c.passed else WRONG,
+            f"worst relative error {c.error:.1e} in {c.where}, at most {c.bar:.0e}",
+            "" if c.passed else fix,
+        )
+        for c in checks
+    ]
 
 
 def mlx_backend() -> Finding:
@@ -131,30 +150,42 @@ def mlx_backend() -> Finding:
     try:
         core = import_module("mlx.core")
         import_module("radlads.backends.mlx.engine")
-        return Finding("backend mlx", GOOD, str(core.default_device()))
+        return Finding("backend mlx", GOOD, mlx_device(core))
     except Exception as error:  # a broken installation fails in its own ways
         return Finding("backend mlx", BROKEN, f"{type(error).__name__}: {error}", "pip install --force-reinstall mlx mlx-lm")
 
 
-def mlx_kernels(asked: bool) -> tuple[list[Finding], list[str]]:
+def mlx_device(core: Any) -> str:
+    """The device that MLX computes on: the chip, what drives it, and the memory it may use."""
+    about = core.device_info()
+    if core.default_device() != core.gpu:
+        return "CPU, without kernels of our own"
+    memory = about.get("memory_size") or about.get("total_memory") or 0
+    name, driver = about.get("device_name", "GPU"), "Metal" if core.metal.is_available() else "CUDA"
+    return f"{name}, {driver}" + (f", {size(memory)} memory" if memory else "")
+
+
+def mlx_kernels(asked: bool) -> tuple[list[Finding], list[dict[str, Any]]]:
     """The self-test of the MLX backend, always on a Mac's GPU and elsewhere when asked for: its comparisons and its speeds."""
     metal = import_module("mlx.core").metal.is_available()
     if not asked and not metal:
         return [], []
     selftest = import_module("radlads.backends.mlx.selftest")
-    try:
-        checks = [*selftest.check_goldens(), *selftest.check_steps()]
-        found = [
-            kernel_finding(check.name, check.good, f"error {check.error:.1e}, at most {check.bound:.0e}") for check in checks
-        ]
-        return found, list(selftest.speeds())
-    except Exception as error:  # a kernel that does not compile fails in MLX's own way
-        return [kernel_finding("", False, f"{type(error).__name__}: {error}")], []
+    found = []
+    for name, check in selftest.checks().items():
+        try:
+            done = check()
+            found.append(kernel_finding(done.name, done.good, f"error {done.error:.1e}, at most {done.bound:.0e}"))
+        except Exception as error:  # a kernel that does not compile fails in MLX's own way
+            found.append(kernel_finding(name, False, f"{type(error).__name__}: {error}"))
+    if not all(finding.state == GOOD for finding in found):
+        return found, []
+    return found, [asdict(speed) for speed in selftest.speeds()]
 
 
 def kernel_finding(name: str, good: bool, detail: str) -> Finding:
     """The finding of one kernel comparison."""
-    return Finding(f"mlx {name or 'kernels'}", GOOD if good else WRONG, detail, "" if good else "Please report this")
+    return Finding(f"mlx {name}", GOOD if good else WRONG, detail, "" if good else "Please report all of this")
 
 
 def machine() -> Finding:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from radlads.backends.mlx.kernels.gpu import LANES, has_kernels
 from radlads.backends.mlx.kernels.wkv6 import wkv6
 from radlads.backends.mlx.kernels.wkv7 import wkv7
-from radlads.backends.mlx.measure import copy_bandwidth, draw, forms, interleaved
+from radlads.backends.mlx.measure import copy_bandwidth, draw, forms, interleaved, steps
 from radlads.backends.mlx.model import Model, ModelArgs
 from radlads.spec import ModelSpec
 
@@ -88,46 +89,65 @@ def results_here(op: str, head_size: int) -> Arrays:
     return {name: np.array(x) for name, x in found.items()}
 
 
-def check_goldens() -> Iterator[Check]:
-    """Forward and gradients of both recurrences at every head size that has kernels."""
-    for op in OPS:
-        for head_size in LANES:
-            with np.load(GOLDENS / f"{op}-{head_size}.npz", allow_pickle=False) as golden:
-                found = condensed(results_here(op, head_size))
-                error = max(float(np.abs(found[name] - golden[name]).max() / np.abs(golden[name]).max()) for name in golden)
-            yield Check(f"{op}, heads of {head_size}, with gradients", error, GOLDEN_BOUND)
+def golden_check(op: str, head_size: int) -> Check:
+    """Forward and gradients of a recurrence against its golden file."""
+    with np.load(GOLDENS / f"{op}-{head_size}.npz", allow_pickle=False) as golden:
+        found = condensed(results_here(op, head_size))
+        error = max(float(np.abs(found[name] - golden[name]).max() / np.abs(golden[name]).max()) for name in golden)
+    return Check(f"{op}, heads of {head_size}, with gradients", error, GOLDEN_BOUND)
 
 
-def check_steps() -> Iterator[Check]:
+def step_check(name: str) -> Check:
     """One token at a time through the fused step, against the same model in training mode, which has none."""
-    for name, spec in STUDENTS.items():
-        if not has_kernels(spec.N):
-            continue
-        mx.random.seed(0)
-        model = Model(ModelArgs(radlads=spec.to_dict()))
-        model.load_weights([(key, 0.2 * mx.random.normal(row.shape)) for key, row in spec.tensors().items()])
-        logits = []
-        for training in (True, False):
-            model.train(training)
-            cache = model.make_cache()
-            logits.append(mx.concatenate([model(mx.array([[token]]), cache) for token in (3, 1, 4, 1, 5)]))
-        error = mx.abs(logits[0] - logits[1]).max() / mx.abs(logits[0]).max()
-        yield Check(f"step of {name}", float(error), STEP_BOUND)
+    mx.random.seed(0)
+    model = Model(ModelArgs(radlads=STUDENTS[name].to_dict()))
+    model.load_weights([(key, 0.2 * mx.random.normal(row.shape)) for key, row in STUDENTS[name].tensors().items()])
+    logits = []
+    for training in (True, False):
+        model.train(training)
+        cache = model.make_cache()
+        logits.append(mx.concatenate([model(mx.array([[token]]), cache) for token in (3, 1, 4, 1, 5)]))
+    error = mx.abs(logits[0] - logits[1]).max() / mx.abs(logits[0]).max()
+    return Check(f"step of {name}", float(error), STEP_BOUND)
 
 
-def speeds() -> Iterator[str]:
+def checks() -> dict[str, Callable[[], Check]]:
+    """Every comparison by name, each to be run for itself: a kernel that does not compile says nothing of the others."""
+    goldens = {f"{op}, heads of {size}": partial(golden_check, op, size) for op in OPS for size in LANES}
+    steps = {f"step of {name}": partial(step_check, name) for name, spec in STUDENTS.items() if has_kernels(spec.N)}
+    return {**goldens, **steps}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One thing timed: how often a second, in `unit`; of a decoding step also its share of the bandwidth of a copy."""
+
+    what: str
+    form: str
+    rate: float
+    unit: str
+    of_copy: float | None = None
+
+
+def speeds() -> Iterator[Speed]:
     """Bandwidth, and tokens per second of one layer's recurrence in each form, prompt and decoding."""
     on_gpu = mx.default_device() == mx.gpu
-    yield f"copy {copy_bandwidth(256 if on_gpu else 16, 3) / 1e9:.1f} GB/s"
-    heads, size, tokens = (28, 128, 1024) if on_gpu else (2, 64, 128)
+    nbytes = 2**28 if on_gpu else 2**24
+    copy = copy_bandwidth(nbytes >> 20, 3)
+    yield Speed("memory", "copy", copy, "bytes/s")
+    H, N, T = (28, 128, 1024) if on_gpu else (2, 64, 128)
     dtype = mx.bfloat16 if on_gpu else mx.float32
-    for kind, length in (("prompt", tokens), ("decoding", 1)):
-        seconds = interleaved(forms(draw(1, length, heads, size, dtype)), 3)
-        rates = ", ".join(f"{name} {length / s:,.0f}" for name, s in seconds.items())
-        yield f"recurrence, {kind}, {heads} heads of {size}, tokens/s: {rates}"
+    for name, s in interleaved(forms(draw(1, T, H, N, dtype)), 3).items():
+        yield Speed(f"prompt of {T} tokens, {H} heads of {N}", name, T / s, "tokens/s")
+    for B in (1, 16) if on_gpu else (1,):
+        candidates, count = steps(B, H, N, dtype, nbytes)
+        for name, s in interleaved(candidates, 3).items():
+            share = 8 * B * H * N * N * count / s / copy
+            yield Speed(f"decoding {B} at once, {H} heads of {N}", name, B * count / s, "tokens/s", share)
 
 
 if __name__ == "__main__":
-    for check in (*check_goldens(), *check_steps()):
-        print(f"{'ok' if check.good else 'WRONG':6s} {check.name}: {check.error:.1e}")
+    for check in checks().values():
+        done = check()
+        print(f"{'ok' if done.good else 'WRONG':6s} {done.name}: {done.error:.1e}")
     print(*speeds(), sep="\n")

@@ -38,9 +38,11 @@ def test_missing_package_has_its_command(monkeypatch):
 def test_kernels_are_compared_with_the_golden_files(radlads, monkeypatch):
     from radlads.backends.mlx import selftest
 
-    monkeypatch.setattr(selftest, "speeds", lambda: iter(["copy 1 GB/s"]))
+    timed = [selftest.Speed("memory", "copy", 1e9, "bytes/s"), selftest.Speed("decoding", "radlads", 1234.5, "tokens/s", 0.81)]
+    monkeypatch.setattr(selftest, "speeds", lambda: iter(timed))
     outcome = radlads("doctor", "--kernels")
-    assert "wkv7, heads of 128" in outcome.out and "copy 1 GB/s" in outcome.out and "Ready." in outcome.out
+    assert "wkv7, heads of 128" in outcome.out and "1.0 GB/s" in outcome.out and "Ready." in outcome.out
+    assert "1,234 tokens/s" in outcome.out and "81 %" in outcome.out
     sound = selftest.wkv7
     monkeypatch.setitem(
         selftest.OPS, "wkv7", (lambda *x, scale: [1.0001 * y for y in sound(*x, scale=scale)], selftest.OPS["wkv7"][1])
@@ -49,15 +51,57 @@ def test_kernels_are_compared_with_the_golden_files(radlads, monkeypatch):
     assert outcome.status == 3 and "wrong" in outcome.out and "A kernel is wrong" in outcome.out
 
 
-def test_kernel_that_does_not_compile_is_reported(radlads, monkeypatch):
+def test_kernel_that_does_not_compile_is_reported_beside_the_others(radlads, monkeypatch):
     from radlads.backends.mlx import selftest
 
-    def broken():
-        raise RuntimeError("no such register")
+    sound = selftest.golden_check
 
-    monkeypatch.setattr(selftest, "check_goldens", broken)
+    def broken(op, head_size):
+        if (op, head_size) == ("wkv6", 96):
+            raise RuntimeError("no such register")
+        return sound(op, head_size)
+
+    monkeypatch.setattr(selftest, "golden_check", broken)
     outcome = radlads("doctor", "--kernels", "--json")
-    assert outcome.status == 3 and "no such register" in outcome.out
+    states = {f["name"]: f for f in json.loads(outcome.out)["findings"] if f["name"].startswith("mlx wkv")}
+    assert outcome.status == 3 and "no such register" in states["mlx wkv6, heads of 96"]["detail"]
+    assert len(states) == 6 and states["mlx wkv7, heads of 64, with gradients"]["state"] == GOOD
+
+
+def test_on_a_mac_the_kernels_are_checked_unasked(radlads, monkeypatch):
+    import mlx.core as mx
+
+    from radlads.backends.mlx import selftest
+
+    plain = json.loads(radlads("doctor", "--json").out)
+    assert not plain["speeds"] and not any(f["name"].startswith("mlx wkv") for f in plain["findings"])
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(selftest, "LANES", {64: 4})
+    monkeypatch.setattr(selftest, "speeds", lambda: iter(()))
+    names = [f["name"] for f in json.loads(radlads("doctor", "--json").out)["findings"]]
+    assert "mlx wkv6, heads of 64, with gradients" in names
+
+
+def test_device_is_named_as_its_owner_knows_it():
+    from types import SimpleNamespace
+
+    about = {"device_name": "Apple M3 Ultra", "memory_size": 96 * 10**9}
+    mac = SimpleNamespace(
+        gpu="gpu", default_device=lambda: "gpu", device_info=lambda: about, metal=SimpleNamespace(is_available=lambda: True)
+    )
+    assert module.mlx_device(mac) == "Apple M3 Ultra, Metal, 96 GB memory"
+    mac.default_device = lambda: "cpu"
+    assert module.mlx_device(mac).startswith("CPU")
+
+
+def test_speeds_name_every_form():
+    from radlads.backends.mlx import selftest
+
+    found = list(selftest.speeds())
+    assert {(speed.what.split()[0], speed.form) for speed in found} >= {
+        ("memory", "copy"), ("prompt", "radlads"), ("prompt", "token loop"), ("decoding", "radlads"), ("decoding", "token loop"),
+    }  # fmt: skip
+    assert all(speed.rate > 0 for speed in found)
 
 
 def test_torch_kernels_are_run_and_a_wrong_one_fails(radlads, monkeypatch):
