@@ -80,7 +80,8 @@ class PrefixStore:
     def find(self, ids: Sequence[int]) -> tuple[int, Logits | None, Any]:
         """(tokens, logits, state) of the longest kept beginning of `ids`; (0, None, None) without one."""
         whole = tuple(ids)
-        best = max((held for held in self._held if whole[: len(held)] == held), key=len, default=())
+        lengths = sorted({len(held) for held in self._held}, reverse=True)
+        best = next((whole[:length] for length in lengths if length <= len(whole) and whole[:length] in self._held), ())
         if not best:
             self.misses += 1
             return 0, None, None

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ openai = pytest.importorskip("openai")
 from radlads.serve.http import BODY_LIMIT  # noqa: E402
 from radlads.serve.worker import Worker  # noqa: E402
 from radlads.tokenizer import Tokenizer  # noqa: E402
+from tests.models import tiny_teacher  # noqa: E402
 from tests.toy import ToyEngine  # noqa: E402
 
 Start = Callable[..., tuple[str, Worker]]
@@ -98,7 +100,17 @@ def test_every_bad_field_is_a_400_that_names_it(door: str) -> None:
     alive(door)
 
 
-RAW = [b"\xff\xfe", b"[" * 100_000, b"{", b"", b"[]", b'{"messages": NaN}', b'{"temperature": Infinity}', b'{"a": 1, "a": 2}']
+RAW = [
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b"{",
+    b"",
+    b"[]",
+    b'{"messages": NaN}',
+    b'{"temperature": Infinity}',
+    b'{"messages": [{"role": "user", "content": "hi"}], "temperature": NaN}',
+    b'{"a": 1, "a": 2}',
+]
 
 
 def test_bodies_that_are_no_request(door: str) -> None:
@@ -127,6 +139,22 @@ def test_lengths_are_believed_only_within_bounds(door: str, length: str, status:
         raw.sendall("\r\n".join([*head, "", "{}"]).encode())
         assert raw.recv(64).split(b" ")[1] == status
     alive(door)
+
+
+def test_a_template_that_fails_is_a_400(start: Start, tmp_path: Path) -> None:
+    served = tiny_teacher(tmp_path / "teacher")
+    settings = json.loads((served / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0]['content'].no_such.thing }}"
+    (served / "tokenizer_config.json").write_text(json.dumps(settings))
+    for extra in served.glob("chat_template*"):
+        extra.unlink()
+    address, worker = start()
+    worker.tokenizer = Tokenizer(served)
+    reply = httpx.post(f"{address}/v1/chat/completions", json=ASK)
+    error = reply.json()["error"]
+    assert reply.status_code == 400 and (error["type"], error["param"]) == ("invalid_request_error", "messages")
+    assert "Traceback" not in reply.text and str(tmp_path) not in reply.text
+    alive(address)
 
 
 def test_a_key_guards_every_route_but_the_page(start: Start) -> None:
