@@ -90,8 +90,8 @@ def requantised(source: Source, writing: Writing, key: str, *, folder: ModelFold
     for name, tensor in source.tensors.items():
         few = folder.quantised.get(name)
         if few is not None and name in touched:
-            again = Writing(bits=few.bits, group_size=few.group_size)
-            tensors |= dict(mlx.quantised(source.spec, {name: tensor}, again))
+            again = {"bits": few.bits, "group_size": few.group_size}
+            tensors |= dict(mlx.quantised({name: tensor}, {name: again}))
         elif few is not None:
             stem = name.removesuffix(".weight")
             tensors |= {f"{stem}{part}": stored(entries[f"{stem}{part}"]) for part in (".weight", *mlx.PARTS)}

@@ -87,6 +87,21 @@ def test_folder_equals_mlx_lm_convert_and_loads_in_stock_mlx_lm(arch: str, dtype
         np.testing.assert_array_equal(bits(np.array(read_raw(entry))), bits(floats[name]), err_msg=name)
 
 
+def test_what_gets_which_bits_is_told(tmp_path: Path) -> None:
+    teacher = open_folder(tiny_teacher(tmp_path / "teacher"))
+    make_student(teacher, tmp_path / "student", arch="rwkv7", options={"gate": "full"}, keep_softmax=(1,))
+    said: list[str] = []
+    convert(tmp_path / "student", tmp_path / "q", "mlx", writing=Writing(bits=4, group_size=32), say=said.append)
+    lines = {line.partition(":")[0]: line for line in said}
+    eight = next(line for label, line in lines.items() if label.startswith("8 bits"))
+    assert {"k_proj", "v_proj", "gate"} <= set(eight.partition(": ")[2].partition(" (")[0].split(", "))
+    assert any(label.startswith("4 bits in groups of 32, as asked") for label in lines)
+    assert any("w1, w2" in line for line in said) and "bits per weight overall" in said[-1]
+    # What is told is what was written, and a softmax layer's keys and values are as asked.
+    few = open_folder(tmp_path / "q").quantised
+    assert few["model.layers.0.self_attn.v_proj.weight"].bits == 8 and few["model.layers.1.self_attn.v_proj.weight"].bits == 4
+
+
 def flat(tree: Any, prefix: str = "") -> list[tuple[str, mx.array]]:
     """(name, array) of nested parameters."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
