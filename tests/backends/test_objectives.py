@@ -9,9 +9,10 @@ from radlads.backends.torch.head import retied, untied
 from radlads.backends.torch.objectives import alignment_errors, objective, weight
 from radlads.backends.torch.optim import trainable
 from radlads.backends.torch.parallel import Task
-from radlads.backends.torch.trainer import StageRun
+from radlads.backends.torch.trainer import StageRun, run_stage
 from radlads.backends.torch.world import World
 from radlads.data.samples import FIRST, PAD, SILENT, Corpus
+from radlads.errors import RadladsError
 from radlads.recipe import Stage
 from radlads.runs import begin_run
 from tests.backends.test_torch_model import model_of, random_weights
@@ -147,3 +148,31 @@ def test_a_head_of_its_own_and_back() -> None:
     again = retied(apart)
     assert again.spec == TEACHER and "lm_head.weight" not in again.state_dict()
     assert torch.allclose(again(ids)[0], 3 * before, atol=1e-4)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(
+    corpus: Corpus, tmp_path: Path  # noqa: F811
+) -> None:
+    """An allocator that has no room for more than 2 sequences: the losses are those of micro-batches of 2 from the start."""
+    losses = {}
+    for name, micro, room in (("small", 2, 4), ("full", 4, 2), ("none", 1, 0)):
+        wanted = recipe(kind="distill", tokens=256, batch_size=4, micro_batch=micro)
+        of = wanted.stages[0]
+
+        class Small(Task):
+            def forward(self, sample: torch.Tensor, *rest: object, room: int = room) -> object:
+                if len(sample) > room:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+                return super().forward(sample, *rest)  # type: ignore[arg-type]
+
+        with begin_run(tmp_path / name, wanted) as run:
+            if name == "none":
+                with pytest.raises(RadladsError, match=r"R403.*CUDA out of memory"):
+                    run_stage(of, Small(of, *pair()), corpus, run, lambda p: None)
+                continue
+            run_stage(of, Small(of, *pair()), corpus, run, lambda p: None)
+            losses[name] = [r["loss"] for r in run.metrics() if r["kind"] == "train"]
+            notes = [r["text"] for r in run.metrics() if r["kind"] == "note"]
+            assert run.micro_batch(2) == (2 if name == "full" else None)
+            assert notes == (["out of memory: micro-batch 4 -> 2"] if name == "full" else [])
+    assert losses["full"] == losses["small"]
