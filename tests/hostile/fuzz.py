@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,25 +101,26 @@ def fuzz(name: str, seconds: float, seed: int, found: Path) -> bool:
     start = time.process_time()
     executions = 0
     sound = True
-    while time.process_time() - start < seconds:
-        # Newer inputs are nearer to what has not been seen yet.
-        base = corpus[max(rng.randrange(len(corpus)), rng.randrange(len(corpus)))]
-        data = checker.repair(rng, mutated(rng, base, corpus, checker.words))
-        began = time.process_time()
-        try:
-            edges = edges_of(checker.check, data, checker.modules)
-            if (took := time.process_time() - began) > SLOW:
-                raise TimeoutError(f"{took:.1f} s for {len(data)} bytes")
-        except Exception as error:
-            sound = False
-            path = found / f"{name}-finding-{hashlib.sha256(data).hexdigest()[:16]}.bin"
-            path.write_bytes(data)
-            print(f"{path}: {type(error).__name__}: {error}", flush=True)
-            continue
-        executions += 1
-        if not edges <= seen:
-            corpus.append(trimmed(checker, data, edges - seen))
-            seen |= edges
+    with suppress(KeyboardInterrupt):  # stopped early, it keeps what it has
+        while time.process_time() - start < seconds:
+            # Newer inputs are nearer to what has not been seen yet.
+            base = corpus[max(rng.randrange(len(corpus)), rng.randrange(len(corpus)))]
+            data = checker.repair(rng, mutated(rng, base, corpus, checker.words))
+            began = time.process_time()
+            try:
+                edges = edges_of(checker.check, data, checker.modules)
+                if (took := time.process_time() - began) > SLOW:
+                    raise TimeoutError(f"{took:.1f} s for {len(data)} bytes")
+            except Exception as error:
+                sound = False
+                path = found / f"{name}-finding-{hashlib.sha256(data).hexdigest()[:16]}.bin"
+                path.write_bytes(data)
+                print(f"{path}: {type(error).__name__}: {error}", flush=True)
+                continue
+            executions += 1
+            if not edges <= seen:
+                corpus.append(trimmed(checker, data, edges - seen))
+                seen |= edges
     kept, seen = minimal(checker, corpus)
     keep(name, kept, found)
     record = json.loads((found / RECORD).read_text()) if (found / RECORD).exists() else {}
