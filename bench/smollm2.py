@@ -287,7 +287,7 @@ class Bench:
                         "--ignore-chat-template",
                         "--json",
                     ]
-                    prompt = text[: length * 5]
+                    prompt = text[: length * 4]  # six tokens in 24 characters
                     command = [sys.executable, "-m", "radlads", *map(str, words)]
                     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpu}
                     done = subprocess.run(command, env=environment, input=prompt, capture_output=True, text=True)

@@ -153,7 +153,7 @@ def evaluation(runs: Runs, name: str) -> list[str]:
 
 
 def flat(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def paper(runs: Runs) -> list[str]:
