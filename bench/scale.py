@@ -147,13 +147,18 @@ class Tokens:
 
 
 def random_values(model: Any, _: Any, world: Any) -> None:
-    """Weights by name, the same for any number of processes; instead of a folder's (radlads.backends.torch.parallel.fill)."""
+    """Weights by name, the same for any number of processes; instead of a folder's (radlads.backends.torch.parallel.fill).
+
+    A GPU and a CPU draw different numbers from one seed, so all are drawn where there is a GPU on it: on one GPU step 1 loads
+    its student in the CPU's memory.
+    """
     import zlib
 
     import torch
 
     from radlads.backends.torch import parallel
 
+    place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with torch.no_grad():
         for name, p in model.named_parameters():
             local = parallel.local_of(p)
@@ -164,8 +169,8 @@ def random_values(model: Any, _: Any, world: Any) -> None:
             elif name.endswith(".w0"):
                 local.fill_(-3)
             else:
-                drawn = torch.Generator(world.device).manual_seed(zlib.crc32(name.encode()))
-                whole = torch.empty(p.shape, device=world.device).normal_(0, 0.02, generator=drawn)
+                drawn = torch.Generator(place).manual_seed(zlib.crc32(name.encode()))
+                whole = torch.empty(p.shape, device=place).normal_(0, 0.02, generator=drawn)
                 local.copy_(whole[parallel.rows_of(p.shape[0], world)] if parallel.sharded(p) and world.size > 1 else whole)
 
 
