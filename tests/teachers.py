@@ -26,6 +26,10 @@ TEACHERS = {
     "Qwen/Qwen3-14B": spec_of("qwen3", (5120, 17408, 40, 40, 8, 128, 151936), rope_theta=1e6, qk_norm=True),
     "Qwen/Qwen3-32B": spec_of("qwen3", (5120, 25600, 64, 64, 8, 128, 151936), rope_theta=1e6, qk_norm=True),
     "meta-llama/Meta-Llama-3-8B-Instruct": spec_of("llama", (4096, 14336, 32, 32, 8, 128, 128256), rope_theta=5e5),
+    # A file of its own (recipe smollm2-135m); numbers of its header.
+    "SmolLM2-135M-Instruct.Q4_1.gguf": spec_of(
+        "llama", (576, 1536, 30, 9, 3, 64, 49152), rope_theta=1e5, rms_norm_eps=1e-5, tie_embeddings=True
+    ),
     # Head geometry and feed-forward width are a guess that gives the published 21 B (peers section 5).
     "RekaAI/reka-flash-3": spec_of("llama", (6144, 19648, 44, 64, 8, 96, 100352), rope_theta=8e6, rms_norm_eps=1e-5),
     "RekaAI/reka-flash-3.1": spec_of("llama", (6144, 19648, 44, 64, 8, 96, 100352), rope_theta=8e6, rms_norm_eps=1e-5),

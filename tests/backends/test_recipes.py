@@ -35,6 +35,7 @@ TEACHER_TOTALS = {
     "Qwen/Qwen3-14B": 14_768_307_200,
     "Qwen/Qwen3-32B": 32_762_123_264,
     "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "SmolLM2-135M-Instruct.Q4_1.gguf": 134_515_008,
 }
 
 
