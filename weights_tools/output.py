@@ -30,7 +30,7 @@ Piece = Raw | bytes
 Report = Callable[[int, int], None]  # bytes done, bytes in all
 
 JOURNAL = "journal.jsonl"
-SYNC_BYTES = 2**28  # at most this much is written again after a kill
+SYNC_BYTES = 2**28  # at most twice this much is written again after a kill
 READ_BYTES = 2**24
 
 
@@ -232,28 +232,37 @@ class Hasher:
 
 def write_one(partial: Path, file: OutputFile, done: Finished, journal: IO[str], meter: Meter) -> str:
     """Write the segments of one file that are not there yet, and return the SHA-256 of the whole."""
-    with open(partial / file.name, "r+b" if done.nbytes else "w+b", buffering=0) as out, Hasher() as hasher:
+    mode = "r+b" if done.nbytes else "w+b"
+    # The disk takes what is there while the next pieces are made; the journal follows it, one line at a time.
+    with open(partial / file.name, mode, buffering=0) as out, Hasher() as hasher, ThreadPoolExecutor(1) as syncing:
         out.truncate(done.nbytes)
         while data := out.read(min(READ_BYTES, done.nbytes - out.tell())):
             hasher.update(memoryview(data))
             meter.add(len(data))
         checks, since = dict(done.checks), time.monotonic()
         fresh: Checks = {}
-        synced = done.nbytes
+        synced, pending = done.nbytes, Future[None]()
+        pending.set_result(None)
         for number, segment in enumerate(file.segments[done.segments :], done.segments + 1):
             check = write_segment(out, segment, checks, hasher, meter, file.checks)
             if file.checks:
                 checks[segment.label] = fresh[segment.label] = check
             last = number == len(file.segments)
             if last or out.tell() - synced >= SYNC_BYTES or time.monotonic() - since > 10:
-                os.fsync(out.fileno())
+                pending.result()
                 synced, since = out.tell(), time.monotonic()
                 line = {"file": file.name, "segments": number, "bytes": synced, "checks": fresh}
-                journal.write(json.dumps(line) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-                fresh = {}
+                pending, fresh = syncing.submit(note_synced, out.fileno(), journal, line), {}
+        pending.result()
         return hasher.hexdigest()
+
+
+def note_synced(out: int, journal: IO[str], line: dict[str, Any]) -> None:
+    """Bring to the disk what was written, and then the line that says so."""
+    os.fsync(out)
+    journal.write(json.dumps(line) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
 
 
 def write_segment(out: Any, segment: Segment, checks: Checks, hasher: Hasher, meter: Meter, check: bool) -> int:
