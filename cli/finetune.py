@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from radlads.cli.options import arg, opt
 from radlads.cli.render import Table
+from radlads.cli.train import STOPPED, signals
 
 if TYPE_CHECKING:
     from radlads.adapters import Settings
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from radlads.tuning.examples import Batches
     from radlads.tuning.settings import Tuning
 
-STOPPED = 75  # exit status of a run that was stopped and can be resumed
 LORA = ("rank", "scale", "dropout", "keys")
 
 
@@ -147,7 +147,6 @@ def train(
 
     from radlads.backends import open_tuner
     from radlads.cli.progress import TrainingScreen
-    from radlads.cli.train import signals
     from radlads.errors import fail
     from radlads.files import write_file
     from radlads.runs import RECIPE, begin_run

@@ -180,10 +180,10 @@ def read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def is_shard(shard: dict[str, Any]) -> bool:
-    """Whether an entry of store.json can be used: a plain file name and two sizes."""
+def is_shard(shard: dict[str, Any], count: str = "tokens") -> bool:
+    """Whether an entry of a record of shards can be used: a plain file name and two sizes, `count` and bytes."""
     name = shard["file"]
-    sizes = all(type(shard[key]) is int and shard[key] > 0 for key in ("tokens", "bytes"))
+    sizes = all(type(shard[key]) is int and shard[key] > 0 for key in (count, "bytes"))
     plain = isinstance(name, str) and name == Path(name).name and name.endswith(".arrow")
     return plain and isinstance(shard["sha256"], str) and sizes
 

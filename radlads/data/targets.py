@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from radlads.data.prepare import Journal, link_or_copy, work_folder
 from radlads.data.samples import Samples
-from radlads.data.store import OPEN_SHARDS, TokenStore
+from radlads.data.store import OPEN_SHARDS, TokenStore, is_shard
 from radlads.errors import RadladsError, fail
 from radlads.files import as_output_error, check_free, make_parent, new_file, new_folder, read_json, sha256, write_file
 from radlads.recipe import Stage
@@ -175,20 +175,12 @@ def read_header(folder: Path) -> dict[str, Any]:
         usable = header["schema"] == SCHEMA and numbers and words and type(header["temperature"]) is float
         whole = sum(shard["rows"] for shard in header["shards"]) == header["rows"]
         full = all(shard["rows"] == header["shard_rows"] for shard in header["shards"][:-1])
-        usable = usable and whole and full and all(is_shard(shard) for shard in header["shards"])
+        usable = usable and whole and full and all(is_shard(shard, "rows") for shard in header["shards"])
     except (RadladsError, KeyError, TypeError):
         usable = False
     if not usable:
         raise damaged(path, "it is no record of a teacher's targets")
     return header
-
-
-def is_shard(shard: dict[str, Any]) -> bool:
-    """Whether an entry of targets.json can be used: a plain file name and two sizes."""
-    name = shard["file"]
-    plain = isinstance(name, str) and name == Path(name).name and name.endswith(".arrow")
-    sizes = all(type(shard[key]) is int and shard[key] > 0 for key in ("rows", "bytes"))
-    return plain and isinstance(shard["sha256"], str) and sizes
 
 
 def damaged(where: object, why: str) -> RadladsError:
