@@ -1,12 +1,13 @@
 """Times and checks training on several GPUs of one host against one GPU, and against `radlads plan`.
 
-Run: python bench/scale.py [--gpus 2] [--only equal,kill,sequence,scale,whole] [--shape qwen2.5-7b] [--out results.jsonl]
+Run: python bench/scale.py [--gpus 2] [--only equal,kill,sequence,scale,whole] [--layouts replicated,optimizer] [--out r.jsonl]
 Starts its own processes, over NCCL where there are GPUs, over gloo on a CPU (--cpu: tiny shapes, to see that it works). Every
 run is the trainer's own (`run_stage`), on random weights and tokens that are the same for any number of processes.
 equal: fp32 losses and gradient norms of N GPUs against 1 on the same global batch. scale: tok/s of N and 1 at the same
 micro-batch, and the share of time in communication. whole: step 2 of every layer, memory and tok/s. kill: kill -9 of a process
 at a step and in a save, then resume on N and on 1. sequence: one long sequence split over N. All with plan beside actual.
-Prints one JSON line a result, and the table last; `--table results.jsonl` prints the table of earlier results.
+Prints one JSON line a result, and the table last; `--table results.jsonl` prints the table of earlier results. Compiled code is
+kept where TORCHINDUCTOR_CACHE_DIR says, and N GPUs use what one has compiled.
 """
 import argparse
 import gc
@@ -32,6 +33,8 @@ sys.path.insert(0, str(ROOT))
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
         "vocab_size": 512}
 CHECKS = ("equal", "kill", "sequence", "scale", "whole")
+# Sequences of one GPU in a step: as the recipes have it on two GPUs, and what a whole layer of 7B's width takes.
+TIMED = {"smollm2-135m": {"align": 16, "distill": 48}, "": {"align": 4, "distill": 12}}
 PROFILED = 3  # steps at the end of a run whose communication is looked at, and which are not timed
 USUAL = ("optimizer", "whole", "never")  # what the table does not tell
 Job = dict[str, Any]
@@ -352,6 +355,7 @@ class Bench:
         self.base: Job = {"arch": given.arch, "cpu": given.cpu, "shape": given.shape, "layers": None, "place": place,
                           "precision": "float32" if given.cpu else "bfloat16", "steps": given.steps}
         self.results: list[dict[str, Any]] = []
+        self.kinds = given.kinds.split(",")
         self.lock = threading.Lock()
         self.numbers = iter(range(10**6))
 
@@ -379,45 +383,57 @@ class Bench:
         same = {"precision": "float32", "steps": 4, "micro": 2, "batch": 2 * self.N, "compile": "off"}
         jobs = [self.job("equal", kind, **same, shape=shape, layers=layers)
                 for shape, layers in (("smollm2-135m", None), (self.given.shape, 4)) for kind in ("align", "distill")]
-        return [*jobs, self.job("equal", "lm", precision="float32", steps=3, shape="smollm2-135m", compile="off",
-                                parallel={"recompute": "always"})]
+        jobs.append(self.job("equal", "lm", precision="float32", steps=3, shape="smollm2-135m", compile="off",
+                             parallel={"recompute": "always"}))
+        return [job for job in jobs if job["kind"] in self.kinds]
 
-    def split(self, jobs: list[Job]) -> list[Job]:
-        """Long sequences are split over all processes."""
-        return [{**job, "parallel": {**job.get("parallel", {}), "sequence": {"lm": self.N}}} if job["kind"] == "lm" else job
-                for job in jobs]
+    def spread(self, jobs: list[Job]) -> list[Job]:
+        """The same jobs for all GPUs, in each of the layouts that are asked for; long sequences are split over all processes."""
+        found = []
+        for layout in self.given.layouts.split(","):
+            for job in self.folders(jobs):
+                more = {"sequence": {"lm": self.N}} if job["kind"] == "lm" else {}
+                batch = job["batch"] if job["check"] == "equal" or more else job["batch"] * self.N
+                found.append({**job, "batch": batch, "parallel": {"layout": layout, **job.get("parallel", {}), **more}})
+        return found
 
-    def timed_jobs(self, n: int) -> list[Job]:
-        """bf16 at the same micro-batch on each GPU; step 2 with as many layers as one GPU holds with its optimiser."""
-        jobs = [self.job("scale", kind, layers=self.given.layers if kind == "distill" else None, communication=True)
-                for kind in ("distill", "align")]
-        jobs = [{**job, "batch": job["micro"] * n} for job in jobs]
-        long = self.job("sequence", "lm", shape="qwen2.5-1.5b", steps=8, parallel={"recompute": "always"}, communication=True)
-        return [*jobs, long]
+    def timed_jobs(self) -> list[list[Job]]:
+        """bf16 on one GPU, the jobs of each shape; step 2 with as many layers as one GPU holds with its optimiser."""
+        found = []
+        for shape in self.given.shapes.split(","):
+            sizes = TIMED.get(shape, TIMED[""])
+            layers = {} if shape in TIMED else {"align": self.given.align_layers, "distill": self.given.layers}
+            jobs = [self.job("scale", kind, shape=shape, layers=layers.get(kind), communication=True) for kind in sizes]
+            if not self.cpu:
+                jobs = [{**job, "micro": sizes[job["kind"]], "batch": sizes[job["kind"]]} for job in jobs]
+            found.append([job for job in jobs if job["kind"] in self.kinds])
+        return found
+
+    def long_job(self) -> Job:
+        """One long sequence."""
+        return self.job("sequence", "lm", shape="qwen2.5-1.5b", steps=8, parallel={"recompute": "always"}, communication=True)
 
     def equal(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
-        """The largest relative differences between one and many processes."""
-        for a, b in zip(one, many, strict=True):
-            if "failed" not in a and "failed" not in b:
-                told = {key: a[key] for key in ("check", "kind", "shape", "layers", "precision")}
-                told["loss_difference"] = difference(a["losses"], b["losses"])
-                self.add(told | {"norm_difference": difference(a["norms"], b["norms"])})
+        """The largest relative differences between one and many processes, in each layout."""
+        for a, b in pairs(one, many):
+            told = {key: a[key] for key in ("check", "kind", "shape", "layers", "precision")} | {"layout": b["layout"]}
+            told["loss_difference"] = difference(a["losses"], b["losses"])
+            self.add(told | {"norm_difference": difference(a["norms"], b["norms"])})
 
     def speed(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
         """How many times as fast many are as one."""
-        for a, b in zip(one, many, strict=True):
-            if "failed" not in a and "failed" not in b:
-                times = self.N * b["tok_s_per_gpu"] / a["tok_s_per_gpu"]
-                found = {key: a[key] for key in ("check", "kind", "shape", "layers")} | {"times": times}
-                if a["check"] == "sequence":
-                    found |= {"loss_difference": difference(a["losses"], b["losses"])}
-                self.add(found | {"of": self.N})
+        for a, b in pairs(one, many):
+            times = self.N * b["tok_s_per_gpu"] / a["tok_s_per_gpu"]
+            found = {key: a[key] for key in ("check", "kind", "shape", "layers")} | {"layout": b["layout"], "times": times}
+            if a["check"] == "sequence":
+                found |= {"loss_difference": difference(a["losses"], b["losses"])}
+            self.add(found | {"of": self.N})
 
     def kill(self, precision: str) -> None:
         """kill -9 at a step and in a save; resume on all and on one; losses against an uninterrupted run."""
         layers = None if self.cpu else 8
         job = self.job("kill", "distill", shape="smollm2-135m", layers=layers, steps=16, save_every=4, micro=2, batch=2 * self.N,
-                       precision=precision, compile="off")
+                       precision=precision, compile="off", parallel={"layout": self.given.layouts.split(",")[0]})
         own = {**job, "folder": f"{self.place}/killed-{precision}"}
 
         def interrupted() -> list[dict[str, Any]]:
@@ -465,31 +481,37 @@ class Bench:
     def run(self, checks: list[str]) -> None:
         """Untimed work shares the GPUs, timed work has its GPUs alone."""
         N = self.N
-        exact = self.exact_jobs() if "equal" in checks else []
-        wanted = [check for check in ("scale", "sequence") if check in checks]
-        timed = {n: [job for job in self.timed_jobs(n) if job["check"] in wanted] for n in (1, N)}
-        if self.given.skip_one:
-            timed[1] = []
-        # Long sequences after the exact runs: both lists then take about as long.
-        short = [job for job in timed[1] if job["kind"] != "lm"]
-        long = [job for job in timed[1] if job["kind"] == "lm"]
-        one, alone = at_once(lambda: measure([*exact, *long], 1, 0), lambda: measure(short, 1, 0 if self.cpu else N - 1))
-        self.add(*one, *alone)
-        one, alone = one[: len(exact)], [*alone, *one[len(exact) :]]
-
-        def pairs() -> None:
-            many = measure(self.split(self.folders(exact)), N)
-            self.add(*many)
-            self.equal(one, many)
-
-        kills = [lambda p=p: self.kill(p) for p in (("float32",) if self.cpu else ("float32", "bfloat16"))]
-        at_once(pairs, *(kills if "kill" in checks else ()))
-        together = measure(self.split(timed[N]), N)
-        self.add(*together)
-        if alone:
+        lists = self.timed_jobs() if "scale" in checks else []
+        if "sequence" in checks:
+            lists.append([self.long_job()])
+        # Shapes are dealt to the GPUs, which compile for all that follows.
+        dealt = [[job for jobs in lists[gpu::N] for job in jobs] for gpu in range(N)]
+        timed = [job for jobs in dealt for job in jobs]
+        alone: list[dict[str, Any]] = []
+        if timed and not self.given.skip_one:
+            busy = [(gpu, jobs) for gpu, jobs in enumerate(dealt) if jobs]
+            calls = [lambda gpu=gpu, jobs=jobs: measure(jobs, 1, 0 if self.cpu else gpu) for gpu, jobs in busy]
+            alone = [result for results in at_once(*calls) for result in results]
+            self.add(*alone)
+        if timed:
+            together = measure(self.spread(timed), N)
+            self.add(*together)
             self.speed(alone, together)
+        untimed: list[Callable[[], None]] = [self.exact] if "equal" in checks else []
+        if "kill" in checks:
+            precisions = ["float32"] if self.cpu else self.given.kill.split(",")
+            untimed += [lambda precision=precision: self.kill(precision) for precision in precisions]
+        if untimed:
+            at_once(*untimed)
         if "whole" in checks:
             self.add(*self.whole())
+
+    def exact(self) -> None:
+        """The exact jobs on one GPU and on all."""
+        jobs = self.exact_jobs()
+        one, many = at_once(lambda: measure(jobs, 1, 0), lambda: measure(self.spread(jobs), self.N))
+        self.add(*one, *many)
+        self.equal(one, many)
 
     def whole(self) -> list[dict[str, Any]]:
         """Step 2 of every layer, with the first setting that fits."""
@@ -499,6 +521,12 @@ class Bench:
         micro = min(micro, job["micro"])
         job |= {"batch": job["micro"] * self.N, "micro": micro}
         return measure([job], self.N, limit=330)
+
+
+def pairs(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each result of several processes beside that of one; those of each layout are in the same order."""
+    found = [(one[number % len(one)], result) for number, result in enumerate(many)] if one else []
+    return [(a, b) for a, b in found if "failed" not in a and "failed" not in b]
 
 
 def saving(folder: str) -> bool:
@@ -541,7 +569,12 @@ def main() -> None:
     args.add_argument("--whole-steps", type=int, default=100)
     args.add_argument("--shape", default="qwen2.5-7b")
     args.add_argument("--arch", default="rwkv7")
-    args.add_argument("--layers", type=int, default=8, help="of the step 2 that one GPU is timed with")
+    args.add_argument("--shapes", default="smollm2-135m,qwen2.5-7b", help="that are timed, comma-separated")
+    args.add_argument("--kinds", default="align,distill,lm", help="of stages that are looked at, comma-separated")
+    args.add_argument("--layouts", default="auto", help="of the student on all GPUs, comma-separated")
+    args.add_argument("--layers", type=int, default=8, help="of the step 2 that one GPU is timed with, where it is not SmolLM2")
+    args.add_argument("--align-layers", type=int, help="of such a step 1 (all of them)")
+    args.add_argument("--kill", default="float32,bfloat16", help="precisions")
     args.add_argument("--skip-one", action="store_true", help="do not time one GPU")
     args.add_argument("--cpu", action="store_true")
     args.add_argument("--set", action="append", default=[], help="of the whole model: micro=3, or a value of `parallel`")

@@ -57,6 +57,8 @@ BETWEEN, LOSS_TRAFFIC = 5.8, 16.0
 IDLE = 0.01
 # Share of communication that computing hides, where there is enough of it.
 HIDDEN = 0.9
+# Seconds that Python takes for a layer of a micro-batch that is not replayed from a CUDA graph.
+HOST_SECONDS = 6e-3
 # CUDA's context, libraries, NCCL's buffers, and blocks that the allocator holds but cannot use.
 OVERHEAD_GIB, FRAGMENTATION = 0.5, 0.01
 # NCCL's buffers and FSDP's gathered units in passing.
@@ -287,7 +289,7 @@ def memory_of(
     unit = parts.largest_unit
     root = 0 if align else parts.root
     moments = MOMENT_BYTES[how.moments]
-    if gpus == 1:
+    if gpus == 1 or how.layout == "replicated":
         held: float = (parts.mixers if align else parts.total) * width
         optimizer = learned * (moments + (4 if width == 2 and how.masters == "float32" else 0))
         # Small moments are updated tensor by tensor, from gradients in float32.
@@ -332,13 +334,21 @@ def plan_stage(
     micro = next(size for size in range(min(stage.micro_batch, local), 0, -1) if local % size == 0)
     ways = [
         replace_how(how, layout, held, recompute)
-        for layout in options(how.layout, ("optimizer", "full") if gpus > 1 else ("optimizer",))
+        for layout in options(how.layout, layouts_of(how, gpus))
         for recompute in options(how.recompute, ("never", "always"))
         for held in options(how.teacher, ("whole", "sharded") if gpus > 1 else ("whole",))
     ]
     found = [time_stage(stage, teacher, student, way, gpus, gpu, micro, precision, efficiency) for way in ways]
     fitting = [plan for plan in found if plan.fits]
     return min(fitting, key=lambda plan: plan.seconds) if fitting else min(found, key=lambda plan: plan.memory.peak)
+
+
+def layouts_of(how: Parallel, gpus: int) -> tuple[str, ...]:
+    """The layouts to choose from on so many GPUs."""
+    if gpus == 1:
+        return ("optimizer",)
+    whole = how.copies == 1 and not how.vocab_heads
+    return ("replicated", "optimizer", "full") if whole else ("optimizer", "full")
 
 
 def options(chosen: str, all_of_them: tuple[str, ...]) -> tuple[str, ...]:
@@ -364,23 +374,32 @@ def time_stage(
     tokens = stage.tokens_per_step / gpus
     rate = gpu.flops * (efficiency or PRODUCTS) * (1 if width == 2 else 0.5)
     compute = tokens * (per_token + again) / rate
+    replicated = gpus == 1 or how.layout == "replicated"
+    sequence = how.sharing(stage.kind) if gpus > 1 else 1
+    passes = max(1, stage.batch_size * sequence // gpus // micro)
     if efficiency is None:
         compute += tokens * traffic_bytes(stage, student, recompute, width) / gpu.bandwidth
         compute /= 1 - IDLE
+        alone = replicated and sequence == 1 and (how.teacher == "whole" or stage.kind == "lm")
+        if not (alone and how.cuda_graphs == "auto" and stage.packing == "stream" and not recompute):
+            compute = max(compute, passes * student.L * HOST_SECONDS)
     learned = trained(stage, student, parts)
     whole = parts.mixers if align else parts.total
-    optimizer = learned / max(1, gpus // how.copies) * (14 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
-    communication = 0.0
-    if gpus > 1:
-        sequence = how.sharing(stage.kind)
-        passes = max(1, stage.batch_size * sequence // gpus // micro)
-        share = (gpus - 1) / gpus / gpu.link
-        gathers = whole * width if how.layout == "optimizer" else 2 * passes * whole * width
-        reduces = 4 * learned * (1 if how.layout == "optimizer" else passes)
-        if teacher is not None and stage.kind != "lm" and how.teacher != "whole":
-            gathers += passes * (sizes(teacher).total - sizes(teacher).root) * width
-        communication = (gathers + reduces) * share
-    exposed = max(communication * (1 - HIDDEN), communication - compute)
+    shards = 1 if replicated else max(1, gpus // how.copies)
+    optimizer = learned / shards * (14 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
+    # Bytes that travel beside the work, and those that do when it is done.
+    beside, after = 0.0, 0.0
+    if replicated:
+        after = 2.0 * learned * width
+    elif how.layout == "optimizer":
+        beside = whole * width + 4 * learned
+    else:
+        beside = passes * (2 * whole * width + 4 * learned)
+    if teacher is not None and stage.kind != "lm" and how.teacher != "whole":
+        beside += passes * (sizes(teacher).total - sizes(teacher).root) * width
+    share = (gpus - 1) / gpus / gpu.link
+    communication = beside * share
+    exposed = max(communication * (1 - HIDDEN), communication - compute) + after * share
     seconds = stage.steps * (compute + exposed + optimizer)
     memory = memory_of(stage, teacher, student, how, gpus, micro, precision)
     return StagePlan(

@@ -176,18 +176,19 @@ class Eval(Part):
 class Parallel(Part):
     """How a run is spread over processes and memory. A run may be resumed with other values: its samples stay the same.
 
-    `layout` of the student: "optimizer" gathers weights once a step and shards masters and moments (ZeRO-2), "full" shards
-    weights too and gathers them unit by unit. `teacher`: "whole" on each GPU, "sharded", or "offloaded" to the CPU's memory.
+    `layout` of the student: "replicated" keeps everything on each GPU and adds up gradients once a step (data parallel),
+    "optimizer" gathers weights once a step and shards masters and moments (ZeRO-2), "full" shards weights too and gathers
+    them unit by unit. `teacher`: "whole" on each GPU, "sharded", or "offloaded" to the CPU's memory.
     `copies`: what is sharded is so within each of this many groups of neighbours (2 on two hosts keeps gathers inside a host).
     `vocab_heads` splits the output matrices by vocabulary. `sequence` is how many processes share one sequence, by kind of
     stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in. `masters`
     "none": bfloat16 weights have no float32 masters and are rounded up or down by chance (one process, float32 moments).
-    `compile` "auto" compiles the layers on a GPU, as wholes where one process trains, else in parts. `cuda_graphs` "auto"
-    records micro-batches as graphs where one process trains on a GPU and nothing is recomputed. After `hang_timeout` seconds
+    `compile` "auto" compiles the layers on a GPU, in parts where they are sharded or recomputed. `cuda_graphs` "auto" records
+    micro-batches as graphs on a GPU that has student and teacher whole, where nothing is recomputed. After `hang_timeout` seconds
     without a step a run saves its stacks and ends (0: never). "auto" takes what fits the GPUs.
     """
 
-    layout: Literal["auto", "optimizer", "full"] = "auto"
+    layout: Literal["auto", "replicated", "optimizer", "full"] = "auto"
     teacher: Literal["auto", "whole", "sharded", "offloaded"] = "auto"
     copies: Count = 1
     vocab_heads: bool = False
@@ -203,8 +204,10 @@ class Parallel(Part):
     def _masters_fit(self) -> "Parallel":
         if self.masters == "none" and self.moments != "float32":
             raise ValueError(f"masters none goes with float32 moments, not with {self.moments}")
-        if self.copies > 1 and self.vocab_heads:
+        if (self.copies > 1 or self.layout == "replicated") and self.vocab_heads:
             raise ValueError("vocab_heads splits the heads over all processes, so there can be no copies")
+        if self.copies > 1 and self.layout == "replicated":
+            raise ValueError("layout replicated keeps a copy on each process, so copies is not given")
         return self
 
     def sharing(self, kind: str) -> int:
@@ -221,8 +224,8 @@ class Stage(Part):
     ("stream"), the same with the state begun anew at every document ("reset"), or one document, padded ("document").
     `loss` of an align stage: the paper's norm of the difference, or its mean square. `train` names the weights that learn:
     the mixers, all, all but embedding, head and last norm ("layers"), or the decay and what leads to it (step 3a).
-    `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage. Where one process trains, the model is also
-    measured on the held-out text after every `measure_every` steps. The loss of step 2 is
+    `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage. Where every process has all weights, the
+    model is also measured on the held-out text after every `measure_every` steps. The loss of step 2 is
     kl_weight * divergence(teacher, student) + ce_weight * cross-entropy; `jsd_beta` is the teacher's share of the mixture.
     """
 

@@ -175,7 +175,8 @@ class RecipeRun:
 
         def measure(step: int) -> None:
             """How good the model is in the middle of the stage, as records of their own."""
-            if world.size > 1 or self.folder is None:
+            models = [model for model in task.pair if model is not None]
+            if self.folder is None or any(sharded(p) for model in models for p in model.parameters()):
                 return
             with torch.compiler.set_stance("force_eager"):  # other shapes are not worth their graphs
                 found = evaluate(runnable(task), self.samples, self.teacher)

@@ -1,6 +1,7 @@
 """Micro-batches as CUDA graphs: forward and backward are recorded once, and from then on cost the host one call.
 
-It serves where nothing of them but values depends on the samples: one process, one GPU, no documents that begin inside.
+It serves where nothing of them but values depends on the samples, and no other process has a part in them: all weights on one
+GPU, no documents that begin inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +56,8 @@ class Graphed:
             self.attach([None] * len(self.parameters))
         graph = torch.cuda.CUDAGraph()
         pool = self.graphs[True].pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        # Threads of NCCL and of checkpoints may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.results[first] = self.work(self.sample, self.share)
         self.graphs[first] = graph
         if first:

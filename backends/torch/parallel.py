@@ -1,7 +1,8 @@
 """Spreading a stage over processes with FSDP2: what is sharded, what is gathered when, and how weights get in and out.
 
-Two layouts of the student. "optimizer" (ZeRO-2): weights are gathered once a step, gradients are reduced and scattered as
-they come, float32 masters and moments stay sharded. "full": weights are gathered unit by unit, forward and backward.
+Three layouts of the student. "replicated": each process trains as one alone would, and adds up the gradients of a step with
+the others. "optimizer" (ZeRO-2): weights are gathered once a step, gradients are reduced and scattered as they come, float32
+masters and moments stay sharded. "full": weights are gathered unit by unit, forward and backward.
 A teacher is whole on every GPU, sharded, or sharded in the memory of the CPU. Units are the mixers and feed-forwards.
 """
 
@@ -114,6 +115,11 @@ def local_batch(stage: Stage, world: World, sequence: int) -> tuple[int, int]:
     return mine, next(size for size in range(min(stage.micro_batch, mine), 0, -1) if mine % size == 0)
 
 
+def copies_of(how: Parallel, world: World) -> int:
+    """Copies of the student among the processes, each of them sharded over neighbours."""
+    return world.size if how.layout == "replicated" else how.copies
+
+
 def spread(task: Task, how: Parallel, world: World, precision: str) -> None:
     """Shard the student of `task`, as masters on the meta device, over `world`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -180,8 +186,8 @@ def build_task(
     With `own_head` a tied student gets a head of its own that begins as its embedding.
     """
     recomputes = how.recompute == "always" and stage.kind != "align"
-    world.keep_copies(how.copies)
-    if world.size == 1:
+    world.keep_copies(copies_of(how, world))
+    if world.shards == 1:
         if stage.kind == "align" and not isinstance(student, Model):
             # The rest of the student waits where there is room.
             model = load_on(student, World(device=torch.device("cpu")), precision)

@@ -20,7 +20,7 @@ from radlads.backends.torch.kernels.kl import TopK
 from radlads.backends.torch.load import DTYPES
 from radlads.backends.torch.objectives import weight
 from radlads.backends.torch.optim import Optimizer, Update, trainable
-from radlads.backends.torch.parallel import Task, local_batch, local_of, recomputed, sharded
+from radlads.backends.torch.parallel import Task, copies_of, local_batch, local_of, recomputed, sharded
 from radlads.backends.torch.watchdog import Watchdog
 from radlads.backends.torch.world import World, leave_at_once
 from radlads.data.samples import Corpus
@@ -53,7 +53,7 @@ class StageRun:
         if how.masters == "none" and world.size > 1:
             fix = "Leave it out: masters are spread over the processes"
             raise fail("R102", where="parallel.masters", why=f"{world.size} processes keep float32 weights anyway", fix=fix)
-        world.keep_copies(how.copies)
+        world.keep_copies(copies_of(how, world))
         self.stage, self.task, self.run, self.world = stage, task, run, world
         self.sequence = how.sharing(stage.kind) if world.size > 1 else 1
         self.count, micro = local_batch(stage, world, self.sequence)
@@ -77,7 +77,7 @@ class StageRun:
         self.parameters = trainable(task.student, stage.train)
         # The optimiser sees plain tensors: the shards of this process, in the memory that FSDP gathers from.
         self.shards = {name: nn.Parameter(local_of(p)) if sharded(p) else p for name, p in self.parameters.items()}
-        gather = world.sum_of_shards if world.size > 1 else None
+        gather = world.sum_of_shards if world.shards > 1 else None
         self.optimizer = Optimizer(self.shards, stage, how.moments, how.masters, gather)
         self.split_heads = how.vocab_heads and world.size > 1 and stage.kind != "align"
         self.checkpoints = Checkpoints(run.checkpoints, world)
@@ -110,8 +110,9 @@ class StageRun:
 
         On the device, and nobody waits for it: what must be counted is counted on the CPU.
         """
-        # Every token that counts weighs the same, wherever it is; FSDP then takes the mean over processes.
-        total = max(1, self.world.sum(weight(self.stage, samples))) / self.world.size
+        # Every token that counts weighs the same, wherever it is. FSDP takes the mean over processes; whole gradients are added.
+        averaged = self.world.size if self.task.units else 1
+        total = max(1, self.world.sum(weight(self.stage, samples))) / averaged
         parts, found = samples.split(self.micro), []
         for index, part in enumerate(parts):
             self.task.before_micro_batch(index == len(parts) - 1)
@@ -123,7 +124,10 @@ class StageRun:
             found.append(self.micro_batch(part, share, index == 0, some))
         if self.chain is not None:
             self.chain.finish()
-        return self.world.mean(torch.stack(found).sum(0))
+        of_all = torch.stack(found).sum(0)
+        grads = [] if self.task.units else [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.world.add([of_all, *grads])
+        return of_all / averaged
 
     def micro_batch(self, sample: Tensor, share: float, first: bool, targets: TopK | None = None) -> Tensor:
         """Forward and backward of one micro-batch with a `share` in the step: what `accumulate` returns, of this part."""
@@ -237,7 +241,7 @@ def run_stage(
     models = [model for model in task.pair if model is not None]
     wanted, again = run.recipe.parallel.compile == "auto" and world.device.type == "cuda", task.recomputes
     try:
-        with compiled_layers(*models, wanted=wanted, by_part=world.size > 1 or again), recomputed(task.student, again):
+        with compiled_layers(*models, wanted=wanted, by_part=bool(task.units) or again), recomputed(task.student, again):
             return steps(parts, parts.resume(), report, stopping, watchdog, measure)
     except RuntimeError as error:
         world.lost(error)
@@ -248,10 +252,15 @@ def run_stage(
 
 
 def can_be_graphed(task: Task, how: Parallel, world: World) -> bool:
-    """Whether micro-batches do the same operations whatever their samples are, in memory that stays where it is."""
-    alone = world.size == 1 and world.device.type == "cuda"
-    fixed = task.stage.packing == "stream" and not task.recomputes and how.teacher != "offloaded"
-    return how.cuda_graphs == "auto" and alone and fixed
+    """Whether micro-batches do the same operations whatever their samples are, in memory that stays where it is.
+
+    Other processes must have no part in them: all weights are here, and no states come from elsewhere.
+    """
+    models = [model for model in task.pair if model is not None]
+    whole = not any(sharded(parameter) for model in models for parameter in model.parameters())
+    alone = whole and (world.size == 1 or how.sharing(task.stage.kind) == 1)
+    fixed = task.stage.packing == "stream" and not task.recomputes
+    return how.cuda_graphs == "auto" and world.device.type == "cuda" and alone and fixed
 
 
 def steps(

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=24)
 # Seconds between signs of life of each process, and after how many without one a process counts as gone.
 BEAT, GONE = 2.0, 45.0
+# Bytes from which a tensor is worth a collective of its own.
+LARGE = 4 * 2**20
 # What a collective raises when the process at its other end is gone.
 LOST = ("connection closed", "connection reset", "connection refused", "socket", "remote process", "timed out", "nccl", "gloo")
 
@@ -222,19 +225,30 @@ class World:
 
     def sum_of_shards(self, value: Tensor) -> Tensor:
         """Sum over the processes that hold shards of one copy, in place."""
-        import torch.distributed as dist
-
-        dist.all_reduce(value, group=None if self.copies == 1 else self.mesh.get_group("shard"))
-        return value
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes of a tensor, in place."""
-        if self.size > 1:
+        if self.shards > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(values)
-            values /= self.size
-        return values
+            dist.all_reduce(value, group=None if self.copies == 1 else self.mesh.get_group("shard"))
+        return value
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over the processes, in place: large ones where they lie, the small ones of each dtype as one."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        working = [dist.all_reduce(tensor, async_op=True) for tensor in tensors if tensor.nbytes >= LARGE]
+        small: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.nbytes < LARGE:
+                small[tensor.dtype].append(tensor)
+        joined = [torch.cat([tensor.flatten() for tensor in some]) for some in small.values()]
+        working += [dist.all_reduce(tensor, async_op=True) for tensor in joined]
+        for work in working:
+            work.wait()
+        for some, whole in zip(small.values(), joined, strict=True):
+            parts = whole.split([tensor.numel() for tensor in some])
+            torch._foreach_copy_(some, [part.view_as(tensor) for part, tensor in zip(parts, some, strict=True)])
 
     def share(self, value: T) -> T:
         """The value that rank 0 has, in every process."""

@@ -39,8 +39,10 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # How it is spread: training, number of processes, the recipe's `parallel` table.
 SPREAD: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "step 1, everything on each": ("align", 2, {"layout": "replicated"}),
     "step 1, weights gathered once": ("align", 2, {}),
     "step 1, weights and teacher sharded": ("align", 4, {"layout": "full", "teacher": "sharded"}),
+    "step 2, everything on each, compiled": ("distill", 4, {"layout": "replicated", "compile": "auto"}),
     "step 2, weights gathered once": ("distill", 2, {}),
     "step 2, all sharded, teacher offloaded, recomputing": (
         "distill", 4, {"layout": "full", "teacher": "offloaded", "recompute": "always"}),
@@ -61,15 +63,15 @@ def recipe(training: str, how: dict[str, Any]) -> Recipe:
 
 
 @contextmanager
-def compiled_on_cpu(*models: torch.nn.Module, **_: Any) -> Iterator[None]:
-    """compiled_layers in parts, whatever the device: one graph for all parts of one kind."""
+def compiled_on_cpu(*models: torch.nn.Module, by_part: bool, **_: Any) -> Iterator[None]:
+    """compiled_layers, whatever the device: one graph for all layers, or parts of them, of one kind."""
     graphs: list[Any] = []
 
     def keep(graph: torch.fx.GraphModule, _: object) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    with compiled_layers(*models, by_part=True, backend=keep):
+    with compiled_layers(*models, by_part=by_part, backend=keep):
         yield
     assert 0 < len(graphs) <= 9, f"{len(graphs)} graphs"
 

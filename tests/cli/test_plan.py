@@ -89,7 +89,9 @@ def test_small_moments_full_sharding_and_recomputing_save_what_they_should() -> 
 
 def test_auto_takes_the_fastest_way_that_fits() -> None:
     seven, seventy = planned("qwen2.5-7b"), planned("qwen2.5-72b", gpus=32)
-    assert seven.fits and {(s.layout, s.teacher, s.recompute) for s in seven.stages} == {("optimizer", "whole", False)}
+    assert seven.fits and {(s.teacher, s.recompute) for s in seven.stages} == {("whole", False)}
+    # Python could not keep up with step 1 unless it is recorded as a graph; step 2 does not fit whole.
+    assert [s.layout for s in seven.stages] == ["replicated", "optimizer"]
     assert seventy.fits and seventy.stages[1].layout == "full" and seventy.stages[1].teacher == "sharded"
     teacher = SHAPES["qwen2.5-72b"]
     ways = ways_of(recipe(), teacher, teacher.as_student("rwkv7"), 32, GPUS["h200"])

@@ -1,4 +1,4 @@
-"""What test_cluster.py looks at: runs of 2 processes that are killed, stopped and hung, and go on with 2, 1 and 2 again."""
+"""What test_cluster.py looks at: runs of 2 processes that are killed, stopped and hung, and go on with 1 and 2 in other ways."""
 
 import os
 import signal
@@ -29,7 +29,8 @@ data: {train: [text.txt], valid: [text.txt]}
 eval: {tokens: 64, seq_len: 32, new_tokens: 2}
 stages:
   - {kind: align, tokens: 1024, seq_len: 32, batch_size: 4, lr: 3e-4, warmup_steps: 2, save_every: 3}
-  - {kind: distill, tokens: 1024, seq_len: 32, batch_size: 4, micro_batch: 1, lr: 3e-5, warmup_steps: 2, save_every: 3}
+  - {kind: distill, tokens: 1024, seq_len: 32, batch_size: 4, micro_batch: 1, lr: 3e-5, warmup_steps: 2, save_every: 3,
+     measure_every: 7}
 """
 STEPS = 16  # of both stages
 
@@ -128,14 +129,16 @@ def checks(folder: Path) -> dict[str, Any]:
         kills.append((statuses[attempt % 2], time.monotonic() - began))
     message = (folder / "killed.err0").read_text() + (folder / "killed.err1").read_text()
     found["killed"] = (kills, message, wait(begin("killed", 2, folder)), losses("killed"))
-    # Stopped on 2, taken up by 1, stopped again, taken up by 2; the signal reaches one process only.
+    # Stopped on 2, taken up by 1, stopped again, taken up by 2, and by 2 with whole weights; the signal reaches one process.
     stops = []
     for size, lines in ((2, 9), (1, 16), (2, 19)):
         pids = begin("stopped", size, folder)
         until(lambda: steps_of("stopped") >= lines)  # noqa: B023
         os.kill(pids[-1], signal.SIGTERM)
         stops.append(wait(pids))
-    found["stopped"] = (stops, wait(begin("stopped", 1, folder)), losses("stopped"))
+    statuses = wait(begin("stopped", 2, folder, "--set=parallel.layout=replicated"))
+    measured = [(r["stage"], r["step"]) for r in read_metrics("stopped") if r["kind"] == "curve"]
+    found["stopped"] = (stops, statuses, losses("stopped"), measured)
     limited = ("--output-dir", "hung", "--set=parallel.hang_timeout=10")
     pids = start(2, hang, 1, 5, *limited, results=folder / "hung", quiet=True)
     statuses = wait(pids)

@@ -41,11 +41,12 @@ def test_a_killed_process_ends_the_run_and_it_resumes_identically(found: dict[st
 
 
 def test_a_stopped_run_goes_on_with_any_number_of_processes(found: dict[str, Any]) -> None:
-    stops, statuses, losses = found["stopped"]
-    assert stops == [[75, 75], [75], [75, 75]] and statuses == [0]
+    stops, statuses, losses, measured = found["stopped"]
+    assert stops == [[75, 75], [75], [75, 75]] and statuses == [0, 0]
     assert [loss[:2] for loss in losses] == [loss[:2] for loss in found["whole"][1]]
     for one, other in zip(losses, found["whole"][1], strict=True):
         assert one[2] == pytest.approx(other[2], rel=1e-6)
+    assert measured == [(2, 7)]  # by those that had whole weights
 
 
 def test_a_hung_process_is_noticed_and_its_stack_saved(found: dict[str, Any]) -> None:
