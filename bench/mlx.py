@@ -1,7 +1,8 @@
 """Times the RAD-RWKV7 recurrence on MLX against mlx-lm's rwkv7 kernel and its loop over tokens, interleaved in one process.
 
 Run: python bench/mlx.py [--tokens 2048] [--heads 28] [--head-size 128] [--batches 1,32] [--rounds 7] [--json]
-On Metal all three forms run; on CUDA and on the CPU mlx-lm has only the loop. Prints milliseconds (median), tokens per second,
+On Metal all three forms run; on CUDA and on the CPU mlx-lm has only the loop. MLX's wheel for Linux multiplies matrices with the
+reference BLAS; LD_PRELOAD=libopenblas.so.0 puts a fast one in its place. Prints milliseconds (median), tokens per second,
 peak memory and, for decoding, the share of the bandwidth of a large copy that reading and writing the states reaches: a step goes
 through as many states as fill 1 GiB, as the layers of a model do, and is divided by their number.
 
@@ -26,7 +27,7 @@ import mlx_lm
 
 from radlads.backends.mlx.engine import MlxEngine
 from radlads.backends.mlx.kernels import gpu
-from radlads.backends.mlx.measure import copy_bandwidth, draw, forms, gradient_forms, interleaved, peak_bytes, steps
+from radlads.backends.mlx.measure import copy_bandwidth, draw, forms, gradient_forms, interleaved, peak_bytes, product_rate, steps
 from radlads.backends.mlx.model import Model, ModelArgs
 from radlads.spec import ModelSpec
 
@@ -110,12 +111,13 @@ def main() -> None:
         rows += decode(B, H, N, dtype, options.rounds, nbytes)
     models = {B: model_step(B, options.layers, options.rounds) for B in (1, 32)} if options.layers else {}
     device = mx.device_info().get("device_name", platform.processor()) if on_gpu else platform.machine()
-    head = {"device": str(device), "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "copy_bytes_per_s": bandwidth}
+    head = {"device": str(device), "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "copy_bytes_per_s": bandwidth,
+            "product_flops": product_rate()}  # fmt: skip
     if options.json:
         print(json.dumps({"schema": 1, **head, "rows": rows, "model_step_s": models}))
         return
     print(f"{device}, {'GPU' if on_gpu else 'CPU'}, MLX {mx.__version__}, mlx-lm {mlx_lm.__version__}, "
-          f"copy {bandwidth / 1e9:.1f} GB/s, {dtype}")  # fmt: skip
+          f"copy {bandwidth / 1e9:.1f} GB/s, products {head['product_flops'] / 1e9:.1f} GFLOP/s, {dtype}")  # fmt: skip
     print(f"{'':8s} {'BxTxHxN':16s} {'form':14s} {'ms':>9s} {'tokens/s':>10s} {'peak MB':>8s} {'of copy':>8s}")
     for r in rows:
         share = f"{100 * r['state_bytes_per_s'] / bandwidth:7.1f}%" if r["kind"] == "decode" else ""

@@ -123,3 +123,10 @@ def copy_bandwidth(megabytes: int, rounds: int = 7) -> float:
     x = mx.zeros((megabytes * 2**18,), mx.float32)
     mx.eval(x)
     return 2 * x.nbytes / interleaved({"copy": lambda: x + 1}, rounds)["copy"]
+
+
+def product_rate(n: int = 512, rounds: int = 3) -> float:
+    """Floating-point operations per second of a product of two float32 matrices (n, n)."""
+    x = mx.random.normal((n, n))
+    mx.eval(x)
+    return 2 * n**3 / interleaved({"product": lambda: x @ x}, rounds)["product"]

@@ -94,6 +94,18 @@ def test_device_is_named_as_its_owner_knows_it():
     assert module.mlx_device(mac).startswith("CPU")
 
 
+@pytest.mark.parametrize("rate, fix", [(4.6e9, True), (80e9, False)])
+def test_slow_products_of_a_cpu_are_told_with_their_remedy(monkeypatch, rate, fix):
+    import mlx.core as mx
+
+    from radlads.backends.mlx import measure
+
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    monkeypatch.setattr(measure, "product_rate", lambda: rate)
+    found = module.mlx_backend()
+    assert found.state == GOOD and f"{rate / 1e9:.1f} GFLOP/s" in found.detail and ("OpenBLAS" in found.fix) == fix
+
+
 def test_speeds_name_every_form():
     from radlads.backends.mlx import selftest
 

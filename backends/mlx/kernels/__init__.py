@@ -1,7 +1,7 @@
 """What the chunk-parallel recurrences share: chunks and segments of time, decays inside a chunk, products with their gradient.
 
-Matrices are multiplied as a @ b with b as it lies in memory, never as its transpose: on a CPU, MLX's matrix library is three
-times slower there. An exponential costs as much as thirty multiplications: each decay is taken once.
+Matrices are multiplied as a @ b with b as it lies in memory, never as its transpose: the reference BLAS that MLX brings for Linux
+is half as fast there. An exponential costs as much as thirty multiplications: each decay is taken once.
 """
 
 from collections.abc import Callable, Iterator
@@ -94,22 +94,50 @@ def join_chunks(x: mx.array, length: int, dtype: mx.Dtype) -> mx.array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length].astype(dtype)
 
 
-def each_chunk(x: mx.array) -> list[mx.array]:
-    """The parts (1, ...) of x (chunks, ...)."""
-    parts: list[mx.array] = cut_chunks(x)
-    return parts
+def each_chunk(*arrays: mx.array) -> list[tuple[mx.array, ...]]:
+    """Of every chunk its parts (1, ...) of the arrays (chunks, ...)."""
+    return list(zip(*(mx.split(x, len(x)) for x in arrays), strict=True))
 
 
 @with_gradient
-def cut_chunks(x: mx.array) -> Any:
-    """`each_chunk` with a gradient of one piece: MLX's own gradient of a split costs the square of the number of parts."""
-    return mx.split(x, len(x))
+def chunk_states(keep: mx.array, keys: mx.array, values: mx.array, state: mx.array, *delta: mx.array) -> list[mx.array]:
+    """The one thing that goes from chunk to chunk: S^T (chunks, B, H, N key, N value) before each chunk, and the last one.
+
+    A chunk leaves keep S^T + keys^T values, for keep (chunks, B, H, N, 1), keys and values (..., n, N). With delta = (x, y),
+    both (..., m, N), the rows x S^T + y are written too: keys has n + m rows, and all rows written come as a third result.
+    """
+    starts, written = [], []
+    for kept, across, new, *system in each_chunk(keep, keys.swapaxes(-1, -2), values, *delta):
+        starts.append(state)
+        if system:
+            x, y = system
+            new = mx.concatenate([new, mx.addmm(y, x, state)], axis=-2)
+            written.append(new)
+        state = mx.addmm(kept * state, across, new)
+    return [mx.concatenate(starts), state, *([mx.concatenate(written)] if delta else [])]
 
 
-@cut_chunks.vjp
-def join_slopes(x: mx.array, cotangents: list[mx.array], parts: list[mx.array]) -> mx.array:
-    """The gradient of `cut_chunks`."""
-    return mx.concatenate(cotangents)
+@chunk_states.vjp
+def of_chunk_states(arrays: Any, slopes: Any, outputs: Any) -> tuple[mx.array, ...]:
+    """The gradient of `chunk_states`: only the slope of the state goes from chunk to chunk."""
+    keep, keys, values, _, *delta = arrays
+    starts, _, *written = outputs
+    of_starts, of_state, *of_written = slopes
+    of_written = of_written or [mx.zeros_like(values)]
+    size = values.shape[-2]
+    of_ends, of_rows = [], []
+    across = [delta[0].swapaxes(-1, -2)] if delta else []
+    for kept, key, of_start, of_row, *x in reversed(each_chunk(keep, keys, of_starts, *of_written, *across)):
+        of_ends.append(of_state)
+        of_rows.append(mx.addmm(of_row, key, of_state))
+        of_state = of_start + kept * of_state
+        if x:
+            of_state = mx.addmm(of_state, x[0], of_rows[-1][..., size:, :])
+    ends, rows = (mx.concatenate(parts[::-1]) for parts in (of_ends, of_rows))
+    of_y = mx.contiguous(rows[..., size:, :])
+    of_delta = (of_y @ flipped(starts), of_y) if delta else ()
+    of_keys = (written[0] if delta else values) @ flipped(ends)
+    return (ends * starts).sum(-1, keepdims=True), of_keys, rows[..., :size, :], of_state, *of_delta
 
 
 @with_gradient

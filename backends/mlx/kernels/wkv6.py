@@ -11,8 +11,8 @@ import mlx.core as mx
 from radlads.backends.mlx.kernels import (
     by_segments,
     chunk_size,
+    chunk_states,
     decays,
-    each_chunk,
     flipped,
     floored,
     join_chunks,
@@ -78,11 +78,7 @@ def wkv6_segment(
     q_mid, k_mid = q * forth[..., 1:, :], k * back[..., 1:, :]
     inside, edge = pair_masks(size, 0)
     pairs = mx.where(inside, product(q_mid, flipped(k_mid)), plain_products(q, k) * edge)
-    own = product(pairs, v)
     kept = flipped(from_start[..., -1:, :])  # (chunks, B, H, N key, 1)
-    state, out = flipped(state)[None], []
-    parts = map(each_chunk, (q * from_start[..., 1:, :], own, kept, k * to_end, v))
-    for of_state, of_chunk, keep, keys, values in zip(*parts, strict=True):
-        out.append(plus_product(of_chunk, of_state, state))
-        state = plus_product(keep * state, keys.swapaxes(-1, -2), values)
-    return join_chunks(mx.concatenate(out), length, dtype), flipped(state[0])
+    starts, last = chunk_states(kept, k * to_end, v, flipped(state)[None])
+    p = plus_product(product(q * from_start[..., 1:, :], starts), pairs, v)
+    return join_chunks(p, length, dtype), flipped(last[0])

@@ -12,8 +12,8 @@ import mlx.core as mx
 from radlads.backends.mlx.kernels import (
     by_segments,
     chunk_size,
+    chunk_states,
     decays,
-    each_chunk,
     earlier,
     flipped,
     floored,
@@ -87,44 +87,37 @@ def wkv7_segment(
 ) -> tuple[mx.array, mx.array]:
     """All chunks at once; only the state, here S^T (1, B, H, N key, N value), goes from chunk to chunk.
 
-    With u_t = S_{t-1} a_t, a chunk solves (I - M_ab) u = A S_0^T + M_ak v, M strictly lower. The solution is linear in the
-    chunk's first state, and so is p = R S_0^T + M_rk v + M_rb u: u and p, one above the other, are brought to the form
-    X S_0^T + Y for all chunks together, which leaves one product per chunk to the state.
+    With u_t = S_{t-1} a_t, a chunk solves (I - M_ab) u = A S^T + M_ak v, M strictly lower, for its first state S: brought to
+    u = X S^T + Y beforehand. Then p = R S^T + M_rk v + M_rb u, again for all chunks together.
     """
     length, dtype = r.shape[1], r.dtype
     r, log_w, k, v, a, b = (split_chunks(x, size) for x in (r, log_w, k, v, a, b))
     r = scale * r
     forth, back, from_start, to_end = decays(log_w)
+    rows = mx.concatenate([r * forth[..., 1:, :], a * forth[..., :-1, :]], axis=-2)
     columns = flipped(mx.concatenate([k * back[..., 1:, :], b * back[..., 1:, :]], axis=-2))
-    of_r = pair_products(r * forth[..., 1:, :], columns, [plain_products(r, x) for x in (k, b)], 0)
-    of_a = pair_products(a * forth[..., :-1, :], columns, [plain_products(a, earlier(x)) for x in (k, b)], 1)
-    m_rk, m_rb, m_ak, m_ab = (mx.contiguous(x) for pair in (of_r, of_a) for x in mx.split(pair, 2, axis=-1))
+    plain = [mx.concatenate([plain_products(r, x), plain_products(a, earlier(x))], axis=-2) for x in (k, b)]
+    inside, edge = quadrant_masks(size)
+    pairs = mx.where(inside, product(rows, columns), edge * mx.repeat(mx.concatenate(plain, axis=-1), size, axis=-1))
+    of_r, of_a = mx.split(pairs, 2, axis=-2)
+    m_ak, m_ab = (mx.contiguous(x) for x in mx.split(of_a, 2, axis=-1))
 
     solve = unit_lower_inverse(m_ab)
-    both = mx.concatenate([solve, product(m_rb, solve)], axis=-2)  # what u and p are of a right side of the system
-    of_state = plus_product(below_zeros(r * from_start[..., 1:, :]), both, a * from_start[..., :-1, :])
-    own = product(plus_product(below_zeros(m_rk), both, m_ak), v)
-    last_keys = mx.concatenate([k * to_end, b * to_end], axis=-2)
+    x, y = product(solve, a * from_start[..., :-1, :]), product(product(solve, m_ak), v)
     kept = flipped(from_start[..., -1:, :])  # (chunks, B, H, N key, 1)
-    state, out = flipped(state)[None], []
-    for x, y, keep, keys, values in zip(*map(each_chunk, (of_state, own, kept, last_keys, v)), strict=True):
-        u_and_p = plus_product(y, x, state)
-        out.append(u_and_p)
-        state = plus_product(keep * state, keys.swapaxes(-1, -2), mx.concatenate([values, u_and_p[..., :size, :]], axis=-2))
-    p = mx.concatenate(out)[..., size:, :]
-    return join_chunks(p, length, dtype), flipped(state[0])
+    last_keys = mx.concatenate([k * to_end, b * to_end], axis=-2)
+    starts, last, v_and_u = chunk_states(kept, last_keys, v, flipped(state)[None], x, y)
+    p = plus_product(product(r * from_start[..., 1:, :], starts), of_r, v_and_u)
+    return join_chunks(p, length, dtype), flipped(last[0])
 
 
-def pair_products(rows: mx.array, columns: mx.array, edges: list[mx.array], lag: int) -> mx.array:
-    """Rows (..., size, N) times columns (..., N, 2 size), for s < t - lag; `edges` (..., size, 1) at s = t - lag."""
-    inside, edge = pair_masks(rows.shape[-2], lag)
-    plain = mx.concatenate([x * edge for x in edges], axis=-1)
-    return mx.where(mx.concatenate([inside, inside], axis=-1), product(rows, columns), plain)
-
-
-def below_zeros(x: mx.array) -> mx.array:
-    """x (..., n, m) as the lower half of (..., 2 n, m)."""
-    return mx.pad(x, [*[(0, 0)] * (x.ndim - 2), (x.shape[-2], 0), (0, 0)])
+@lru_cache
+def quadrant_masks(size: int) -> tuple[mx.array, mx.array]:
+    """`pair_masks` of [[r k, r b], [a k, a b]] (2 size, 2 size); a_t meets the state before its token: one token less."""
+    of_r, of_a = pair_masks(size, 0), pair_masks(size, 1)
+    inside, edge = (mx.tile(mx.concatenate([*masks]), (1, 2)) for masks in zip(of_r, of_a, strict=True))
+    mx.eval(inside, edge)
+    return inside, edge
 
 
 def unit_lower_inverse(m: mx.array) -> mx.array:
