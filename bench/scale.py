@@ -36,7 +36,7 @@ CHECKS = ("equal", "kill", "sequence", "scale", "whole")
 # Sequences of one GPU in a step: as the recipes have it on two GPUs, and what a whole layer of 7B's width takes.
 TIMED = {"smollm2-135m": {"align": 16, "distill": 48}, "": {"align": 4, "distill": 12}}
 PROFILED = 3  # steps at the end of a run whose communication is looked at, and which are not timed
-USUAL = ("optimizer", "whole", "never")  # what the table does not tell
+USUAL = ("whole", "never")  # what the table does not tell
 Job = dict[str, Any]
 
 
@@ -152,8 +152,8 @@ class Tokens:
 def random_values(model: Any, _: Any, world: Any) -> None:
     """Weights by name, the same for any number of processes; instead of a folder's (radlads.backends.torch.parallel.fill).
 
-    A GPU and a CPU draw different numbers from one seed, so all are drawn where there is a GPU on it: on one GPU step 1 loads
-    its student in the CPU's memory.
+    A GPU and a CPU draw different numbers from one seed, so all are drawn where there is a GPU on it: step 1 loads a student that
+    is not sharded in the CPU's memory.
     """
     import zlib
 
@@ -165,7 +165,7 @@ def random_values(model: Any, _: Any, world: Any) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             local = parallel.local_of(p)
-            if not parallel.sharded(p) and local.device.type != world.device.type:
+            if not parallel.sharded(p) and local.device.type != place.type and ".self_attn." not in name:
                 continue  # in step 1 the rest of the student waits in the CPU's memory, and nothing reads it
             if name.endswith("norm.weight"):
                 local.fill_(1)
@@ -307,8 +307,13 @@ class Group:
             process.wait()
 
 
-def measure(jobs: list[Job], processes: int, first: int = 0, limit: float = 240) -> list[dict[str, Any]]:
-    """The results of jobs on `processes` GPUs, in one group unless one fails: the rest goes on in another."""
+def measure(
+    jobs: list[Job], processes: int, first: int = 0, limit: float = 240, keep: Callable[[dict[str, Any]], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """The results of jobs on `processes` GPUs, in one group unless one fails: the rest goes on in another.
+
+    `keep` is called with each result when it is there.
+    """
     results: list[dict[str, Any]] = []
     while len(results) < len(jobs):
         group = Group(jobs[len(results) :], processes, first)
@@ -320,8 +325,10 @@ def measure(jobs: list[Job], processes: int, first: int = 0, limit: float = 240)
                 failed = {rank: group.words(rank, 4) for rank in range(processes)}
                 result = {key: job[key] for key in ("check", "kind", "shape")} | {"processes": processes, "failed": failed}
                 results.append(result | partial_result(job, group.seen))
+                keep(results[-1])
                 break
             results.append(dict(json.loads(found)))
+            keep(results[-1])
         else:
             for process in group.processes:
                 process.wait(60)
@@ -413,22 +420,6 @@ class Bench:
         """One long sequence."""
         return self.job("sequence", "lm", shape="qwen2.5-1.5b", steps=8, parallel={"recompute": "always"}, communication=True)
 
-    def equal(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
-        """The largest relative differences between one and many processes, in each layout."""
-        for a, b in pairs(one, many):
-            told = {key: a[key] for key in ("check", "kind", "shape", "layers", "precision")} | {"layout": b["layout"]}
-            told["loss_difference"] = difference(a["losses"], b["losses"])
-            self.add(told | {"norm_difference": difference(a["norms"], b["norms"])})
-
-    def speed(self, one: list[dict[str, Any]], many: list[dict[str, Any]]) -> None:
-        """How many times as fast many are as one."""
-        for a, b in pairs(one, many):
-            times = self.N * b["tok_s_per_gpu"] / a["tok_s_per_gpu"]
-            found = {key: a[key] for key in ("check", "kind", "shape", "layers")} | {"layout": b["layout"], "times": times}
-            if a["check"] == "sequence":
-                found |= {"loss_difference": difference(a["losses"], b["losses"])}
-            self.add(found | {"of": self.N})
-
     def kill(self, precision: str) -> None:
         """kill -9 at a step and in a save; resume on all and on one; losses against an uninterrupted run."""
         layers = None if self.cpu else 8
@@ -484,19 +475,13 @@ class Bench:
         lists = self.timed_jobs() if "scale" in checks else []
         if "sequence" in checks:
             lists.append([self.long_job()])
-        # Shapes are dealt to the GPUs, which compile for all that follows.
-        dealt = [[job for jobs in lists[gpu::N] for job in jobs] for gpu in range(N)]
-        timed = [job for jobs in dealt for job in jobs]
-        alone: list[dict[str, Any]] = []
-        if timed and not self.given.skip_one:
-            busy = [(gpu, jobs) for gpu, jobs in enumerate(dealt) if jobs]
-            calls = [lambda gpu=gpu, jobs=jobs: measure(jobs, 1, 0 if self.cpu else gpu) for gpu, jobs in busy]
-            alone = [result for results in at_once(*calls) for result in results]
-            self.add(*alone)
-        if timed:
-            together = measure(self.spread(timed), N)
-            self.add(*together)
-            self.speed(alone, together)
+        if lists and not self.given.skip_one:
+            # Shapes are dealt to the GPUs, which compile for all that follows.
+            dealt = [(gpu, [job for jobs in lists[gpu::N] for job in jobs]) for gpu in range(min(N, len(lists)))]
+            calls = [lambda gpu=gpu, jobs=jobs: measure(jobs, 1, 0 if self.cpu else gpu, keep=self.add) for gpu, jobs in dealt]
+            at_once(*calls)
+        if lists:
+            measure(self.spread([job for jobs in lists for job in jobs]), N, keep=self.add)
         untimed: list[Callable[[], None]] = [self.exact] if "equal" in checks else []
         if "kill" in checks:
             precisions = ["float32"] if self.cpu else self.given.kill.split(",")
@@ -504,29 +489,26 @@ class Bench:
         if untimed:
             at_once(*untimed)
         if "whole" in checks:
-            self.add(*self.whole())
+            self.whole()
 
     def exact(self) -> None:
         """The exact jobs on one GPU and on all."""
         jobs = self.exact_jobs()
-        one, many = at_once(lambda: measure(jobs, 1, 0), lambda: measure(self.spread(jobs), self.N))
-        self.add(*one, *many)
-        self.equal(one, many)
+        one, many = at_once(lambda: measure(jobs, 1, keep=self.add), lambda: measure(self.spread(jobs), self.N, keep=self.add))
+        for a, b in zip(one * len(many), many, strict=False):  # those of each layout are in the same order
+            if "failed" not in a and "failed" not in b:
+                told = {key: a[key] for key in ("check", "kind", "shape", "layers", "precision")} | {"layout": b["layout"]}
+                told["loss_difference"] = difference(a["losses"], b["losses"])
+                self.add(told | {"norm_difference": difference(a["norms"], b["norms"])})
 
-    def whole(self) -> list[dict[str, Any]]:
-        """Step 2 of every layer, with the first setting that fits."""
+    def whole(self) -> None:
+        """Step 2 of every layer, with the settings that are given."""
         given = dict(text.split("=", 1) for text in self.given.set)
         micro = int(given.pop("micro", 12))
         job = self.job("whole", "distill", steps=self.given.whole_steps, communication=True, parallel=given)
         micro = min(micro, job["micro"])
         job |= {"batch": job["micro"] * self.N, "micro": micro}
-        return measure([job], self.N, limit=330)
-
-
-def pairs(one: list[dict[str, Any]], many: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each result of several processes beside that of one; those of each layout are in the same order."""
-    found = [(one[number % len(one)], result) for number, result in enumerate(many)] if one else []
-    return [(a, b) for a, b in found if "failed" not in a and "failed" not in b]
+        measure([job], self.N, limit=330, keep=self.add)
 
 
 def saving(folder: str) -> bool:
@@ -544,16 +526,30 @@ def difference(wanted: list[float], found: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(found, wanted, strict=True))
 
 
+def beside_one(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many times as fast several GPUs are as one, where that was timed too; of a long sequence how far losses are apart."""
+    same = ("check", "kind", "shape", "layers", "micro")
+    if result["check"] not in ("scale", "sequence") or result["processes"] == 1 or "failed" in result:
+        return {}
+    for one in results:
+        if one.get("processes") == 1 and "failed" not in one and all(one.get(key) == result[key] for key in same):
+            times = result["processes"] * result["tok_s_per_gpu"] / one["tok_s_per_gpu"]
+            apart = {"loss_difference": difference(one["losses"], result["losses"])} if result["kind"] == "lm" else {}
+            return {"times": times, **apart}
+    return {}
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Results for people."""
     lines = ["check    kind    n layers  tok/s/GPU   MFU  GiB (reserved) planned   step s planned  what"]
-    for r in results:
+    for r in ({**result, **beside_one(result, results)} for result in results):
         mfu, nan = r.get("mfu"), float("nan")
         cells = [f"{r.get(key, nan):7.2f}" for key in ("peak_gib", "reserved_gib", "planned_gib", "step_s", "planned_step_s")]
         names = ("times", "loss_difference", "norm_difference", "collectives", "exposed", "idle", "precision", "moment", "victim",
                  "in_save", "ended_after_s", "status", "checkpoints", "message", "last_line", "resumed_on", "steps", "layout",
                  "teacher", "recompute", "moments", "micro", "first_step_s", "build_s", "saved_s", "failed")
         told = {name: r[name] for name in names if r.get(name) not in (None, [], *USUAL)}
+        told |= {"shape": r["shape"]} if r.get("shape") not in (None, "qwen2.5-7b") else {}
         rest = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
         lines.append(f"{r['check']:8} {r.get('kind', ''):7} {r.get('processes', '')!s:2} {r.get('layers', '')!s:5}"
                      f"{r.get('tok_s_per_gpu', 0):10.0f} {'' if mfu is None else f'{mfu:.1%}':>6} {' '.join(cells)}  "

@@ -75,7 +75,7 @@ COMPILED_MIXER, COMPILED_NORM, COMPILED_FEED_FORWARD = 0.54, 4, 6
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by what they hold; `activations` and `updating` never exist together."""
+    """Bytes on one GPU by what they hold."""
 
     student: float
     teacher: float
@@ -83,14 +83,12 @@ class Memory:
     gradients: float
     activations: float
     loss: float
-    updating: float
     overhead: float
 
     @property
     def peak(self) -> float:
-        """The most that exists at one time."""
-        lasting = self.student + self.teacher + self.optimizer + self.gradients + self.overhead
-        return lasting + max(self.activations + self.loss, self.updating)
+        """The most that exists at one time: all of it."""
+        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
@@ -292,8 +290,7 @@ def memory_of(
     if gpus == 1 or how.layout == "replicated":
         held: float = (parts.mixers if align else parts.total) * width
         optimizer = learned * (moments + (4 if width == 2 and how.masters == "float32" else 0))
-        # Small moments are updated tensor by tensor, from gradients in float32.
-        gradients, updating = float(learned * width), learned * 4.0 if width == 2 and how.moments != "float32" else 0.0
+        gradients = float(learned * width)
     else:
         held = (parts.mixers if align else parts.total) * width if how.layout == "optimizer" else (root + 2 * unit) * width
         optimizer = (4 + moments) * (parts.mixers if align else parts.total) / shards
@@ -301,7 +298,7 @@ def memory_of(
         passing = float((4 + width) * (max(root, 2 * unit) if not align else 2 * unit))
         if how.layout == "optimizer" and accumulating:
             passing = 4.0 * learned
-        gradients, updating = 4 * learned / shards + passing, 0.0
+        gradients = 4 * learned / shards + passing
         if how.vocab_heads and not align:
             saved = student.V * student.D * (1 - 1 / gpus)
             held, gradients = held - saved * width, gradients - saved * (4 + width)
@@ -321,7 +318,7 @@ def memory_of(
     loss = 0.0 if align else LOGITS_BYTES * width / 2 + hidden
     lasting = held + frozen + optimizer + gradients + alive + loss
     overhead = (OVERHEAD_GIB + (NCCL_GIB if gpus > 1 else 0)) * GIB + FRAGMENTATION * lasting
-    return Memory(held, frozen, optimizer, gradients, alive + passing_teacher, loss, updating, overhead)
+    return Memory(held, frozen, optimizer, gradients, alive + passing_teacher, loss, overhead)
 
 
 def plan_stage(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from radlads.backends.torch.kernels.adamw import Table, adamw_has_kernel, adamw_plain
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.moments import Packed, SmallAdamW
+from radlads.backends.torch.moments import Packed, new_moments, read, write
 from radlads.recipe import Stage
 from radlads.schedule import learning_rate
 
@@ -75,18 +75,16 @@ class Optimizer:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.group = {name: "mixer" if ".self_attn." in name else "base" for name in parameters}
         settings: dict[str, Any] = {"betas": stage.betas, "eps": stage.eps, "weight_decay": stage.weight_decay}
-        kernel = moments == "float32" and all(adamw_has_kernel(p) for p in parameters.values())
+        kernel = all(adamw_has_kernel(p) for p in parameters.values())
         self.adam: torch.optim.Optimizer | OnePass
-        if kernel or self.rounded:
+        if kernel or self.rounded or moments != "float32":
             groups = [int(self.group[name] == "mixer") for name in parameters]
-            self.adam = OnePass(list(parameters.values()), list(self.masters.values()), groups, kernel, self.rounded, settings)
+            tensors = list(parameters.values()), list(self.masters.values())
+            self.adam = OnePass(*tensors, groups, kernel, self.rounded, moments, settings)
             return
         names = [name for name in ("base", "mixer") if name in self.group.values()]
         tables = [{"params": [m for n, m in self.masters.items() if self.group[n] == g], "name": g} for g in names]
-        if moments == "float32":
-            self.adam = torch.optim.AdamW(tables, lr=stage.lr, fused=True, **settings)
-        else:
-            self.adam = SmallAdamW(tables, moments, lr=stage.lr, **settings)
+        self.adam = torch.optim.AdamW(tables, lr=stage.lr, fused=True, **settings)
 
     @property
     def updates(self) -> int:
@@ -160,11 +158,9 @@ class Optimizer:
             moments = {m: tensors[f"{m}.{name}"].to(master.device) for m in MOMENTS if f"{m}.{name}" in tensors}
             if not moments:
                 continue
-            if isinstance(self.adam, SmallAdamW):
-                self.adam.put(master, moments["exp_avg"], moments["exp_avg_sq"], updates)
-            elif isinstance(self.adam, OnePass):
+            if isinstance(self.adam, OnePass):
                 for moment, values in moments.items():
-                    self.adam.state[master][moment].copy_(values)
+                    write(self.adam.state[master][moment], values)
             else:
                 self.adam.state[master] = {"step": torch.tensor(float(updates), device=master.device), **moments}
 
@@ -179,13 +175,12 @@ class OnePass:
         groups: list[int],
         kernel: bool,
         rounded: bool,
+        moments: str,
         settings: dict[str, Any],
     ) -> None:
-        """`groups`: 1 for the weights of mixers. With `rounded` the masters are the weights."""
+        """`groups`: 1 for the weights of mixers. With `rounded` the masters are the weights. `moments`: what they are kept in."""
         self.weights, self.masters, self.groups, self.rounded, self.settings = weights, masters, groups, rounded, settings
-        self.state: dict[Tensor, dict[str, Tensor]] = {
-            master: {moment: torch.zeros_like(master, dtype=torch.float32) for moment in MOMENTS} for master in masters
-        }
+        self.state = {master: new_moments(master.detach(), moments) for master in masters}
         self.device = weights[0].device
         self.betas = torch.tensor(settings["betas"], dtype=torch.float64, device=self.device)
         # One table for each dtype, and one for the few tensors that cannot be read 16 bytes at a time.
@@ -193,7 +188,7 @@ class OnePass:
         self.tables = [(Table(*self.members(places)), places) for places in ([i for i, k in enumerate(kinds) if k == kind]
                        for kind in dict.fromkeys(kinds))]  # fmt: skip
 
-    def members(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]], list[int]]:
+    def members(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[list[Tensor | Packed]], list[int]]:
         """Weights, masters, moments and groups at some places of the lists."""
         masters = [self.masters[i].detach() for i in places]
         moments = [[self.state[self.masters[i]][moment] for moment in MOMENTS] for i in places]
@@ -225,10 +220,14 @@ class OnePass:
         for weight, grad, master, group in zip(self.weights, grads, self.masters, self.groups, strict=True):
             if grad is not None:
                 noise = torch.randint(0, 1 << 16, grad.shape, generator=chance, dtype=torch.int32, device=self.device)
+                kept = self.state[master].values()
+                moments = [read(moment) for moment in kept]
                 lost += adamw_plain(
-                    weight, grad, master, *self.state[master].values(), factor=factor, corrections=corrections, lr=rates[group],
+                    weight, grad, master, *moments, factor=factor, corrections=corrections, lr=rates[group],
                     noise=noise if self.rounded else None, **self.settings,
                 )  # fmt: skip
+                for moment, values in zip(kept, moments, strict=True):
+                    write(moment, values)
         return lost
 
 

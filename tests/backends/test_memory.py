@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from radlads.backends.torch.model import Model
-from radlads.backends.torch.moments import BLOCK, Packed, SmallAdamW
+from radlads.backends.torch.moments import PACK, Packed
+from radlads.backends.torch.optim import Optimizer
 from radlads.backends.torch.state import empty_state
 from radlads.costs import activation_bytes, memory_of
 from radlads.recipe import Parallel, Stage
@@ -75,8 +76,8 @@ def test_72b_is_built_and_planned_on_the_meta_device(eight: Any) -> None:
     held = sum(local_of(p).numel() for p in task.student.parameters())
     assert held == pytest.approx(student.parameters() / 8, rel=1e-3)
     planned = memory_of(stage, SHAPES["qwen2.5-72b"], student, how, 8, 1, "bfloat16")
-    packed = Packed(torch.zeros(1000 * BLOCK, device="meta"), signed=True)
-    moments = 2 * (packed.codes.nbytes + packed.scales.nbytes) / (1000 * BLOCK)
+    packed = Packed(torch.zeros(1000 * PACK, device="meta"), signed=True)
+    moments = 2 * (packed.codes.nbytes + packed.scales.nbytes) / (1000 * PACK)
     assert planned.optimizer == pytest.approx(held * (4 + moments), rel=1e-3)
 
 
@@ -92,8 +93,8 @@ def test_eight_bit_moments_read_back_what_was_written() -> None:
         again = Packed(read, signed)
         again.write(read)
         assert torch.equal(again.read(), read)  # so that a run that resumes is the run that never stopped
-        top = torch.nn.functional.pad(values.flatten().abs(), (0, -values.numel() % BLOCK)).view(-1, BLOCK).amax(1)
-        scale = top.repeat_interleave(BLOCK)[: values.numel()].view(values.shape)
+        top = torch.nn.functional.pad(values.flatten().abs(), (0, -values.numel() % PACK)).view(-1, PACK).amax(1)
+        scale = top.repeat_interleave(PACK)[: values.numel()].view(values.shape)
         near = values.abs() > scale * (1e-2 if signed else 1e-4)
         assert ((read - values).abs()[near] <= 0.085 * values.abs()[near]).all()
 
@@ -102,16 +103,15 @@ def test_eight_bit_moments_read_back_what_was_written() -> None:
 def test_small_moments_train_as_adamw_does(kind: str, bound: float) -> None:
     generator = torch.Generator().manual_seed(1)
     wanted = torch.randn(700, generator=generator)
+    stage = Stage(kind="lm", tokens=100, seq_len=1, batch_size=1, lr=0.05, warmup_steps=0, weight_decay=0.01, clip=0)
     ways = []
-    for small in (False, True):
+    for moments in ("float32", kind):
         x = torch.nn.Parameter(torch.zeros(700))
-        settings = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
-        group = [{"params": [x]}]
-        adam = SmallAdamW(group, kind, **settings) if small else torch.optim.AdamW(group, **settings)
+        optimizer = Optimizer({"x": x}, stage, moments)
         noise = torch.Generator().manual_seed(2)
-        for _ in range(100):
+        for step in range(100):
             x.grad = (x.detach() - wanted) + 0.1 * torch.randn(700, generator=noise)
-            adam.step()
+            optimizer.step(step)
         ways.append(x.detach().clone())
     assert (ways[0] - wanted).norm() < 0.2 * wanted.norm()
     assert (ways[1] - ways[0]).norm() <= bound * wanted.norm()

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.lang import HAS_TRITON, tl, triton
+from radlads.backends.torch.moments import PACK, Packed
 
 # Values that a program updates, and those it works on at once.
 CHUNK, BLOCK = 16384, 2048
-# Rows of the table. GROUP is which of two learning rates holds.
-GRAD, WEIGHT, MASTER, FIRST, SECOND, COUNT, GROUP = range(7)
+# Rows of the table. GROUP is which of two learning rates holds; the last two are the scales of eight-bit moments.
+GRAD, WEIGHT, MASTER, FIRST, SECOND, COUNT, GROUP, FIRST_SCALES, SECOND_SCALES = range(9)
 
 
 @triton.jit
@@ -26,6 +27,48 @@ def adamw_values(table, row: tl.constexpr, tensor, tensors, offsets, TYPE: tl.co
     if EVEN:
         values = tl.max_contiguous(tl.multiple_of(values, 16), 16)
     return values
+
+
+@triton.jit
+def adamw_load_moment(table, row: tl.constexpr, tensor, tensors, first, count, TYPE: tl.constexpr, EVEN: tl.constexpr,
+                      PACK: tl.constexpr, BLOCK: tl.constexpr):
+    """Some values of a moment, float32, zero from `count` on; int8 are codes of the first moment, uint8 of the second."""
+    offsets = first + tl.arange(0, BLOCK)
+    inside = offsets < count
+    values = tl.load(adamw_values(table, row, tensor, tensors, offsets, TYPE, EVEN), mask=inside, other=0).to(tl.float32)
+    if TYPE == tl.int8 or TYPE == tl.uint8:
+        if TYPE == tl.int8:
+            values = values * tl.abs(values) / 16129.0
+        else:
+            values = values / 255.0
+            values = values * values * values * values
+        scales = adamw_values(table, row + 4, tensor, tensors, offsets // PACK, tl.float32, False)
+        values *= tl.load(scales, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def adamw_store_moment(table, row: tl.constexpr, tensor, tensors, first, count, values, TYPE: tl.constexpr, EVEN: tl.constexpr,
+                       PACK: tl.constexpr, BLOCK: tl.constexpr):
+    """Keep some values of a moment, zero from `count` on, rounded to the nearest of what its type can hold."""
+    offsets = first + tl.arange(0, BLOCK)
+    at = adamw_values(table, row, tensor, tensors, offsets, TYPE, EVEN)
+    if TYPE == tl.int8 or TYPE == tl.uint8:
+        packs = tl.reshape(values, (BLOCK // PACK, PACK))
+        # When the largest of a pack is known, all of it has been read with the old scale.
+        scales = tl.max(tl.abs(packs), 1)
+        shares = tl.reshape(tl.abs(packs) / tl.maximum(scales, 1.1754944e-38)[:, None], (BLOCK,))
+        if TYPE == tl.int8:
+            codes = tl.floor(tl.sqrt_rn(shares) * 127.0 + 0.5)
+            codes = tl.where(values < 0.0, -codes, codes)
+        else:
+            codes = tl.floor(tl.sqrt_rn(tl.sqrt_rn(shares)) * 255.0 + 0.5)
+            codes = tl.where(values > 0.0, tl.maximum(codes, 1.0), 0.0)
+        numbers = first // PACK + tl.arange(0, BLOCK // PACK)
+        at_scales = adamw_values(table, row + 4, tensor, tensors, numbers, tl.float32, False)
+        tl.store(at_scales, scales, mask=numbers * PACK < count)
+        values = codes.to(tl.int32)
+    tl.store(at, values.to(TYPE), mask=offsets < count)
 
 
 @triton.jit
@@ -49,8 +92,8 @@ def square_kernel(table, places, squares, tensors, TYPE: tl.constexpr, EVEN: tl.
 
 @triton.jit(do_not_specialize=["seed"])
 def adamw_kernel(table, places, norm, corrections, lost, tensors, clip, base_lr, mixer_lr, beta1, beta2, eps, weight_decay,
-                 seed, GRAD_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, ROUND: tl.constexpr, EVEN: tl.constexpr,
-                 CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+                 seed, GRAD_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, FIRST_TYPE: tl.constexpr, SECOND_TYPE: tl.constexpr,
+                 ROUND: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """One update of a chunk; with ROUND there is no master, and the weight is rounded up or down by chance."""
     program = tl.program_id(0)
     tensor = tl.load(places + 2 * program)
@@ -69,16 +112,14 @@ def adamw_kernel(table, places, norm, corrections, lost, tensors, clip, base_lr,
         for start in range(0, CHUNK, BLOCK):
             offsets = first + start + tl.arange(0, BLOCK)
             inside = offsets < count
-            at_first = adamw_values(table, 3, tensor, tensors, offsets, tl.float32, EVEN)
-            at_second = adamw_values(table, 4, tensor, tensors, offsets, tl.float32, EVEN)
             at_weight = adamw_values(table, 1, tensor, tensors, offsets, WEIGHT_TYPE, EVEN)
             at_master = at_weight
             if not ROUND:
                 at_master = adamw_values(table, 2, tensor, tensors, offsets, tl.float32, EVEN)
             g = tl.load(adamw_values(table, 0, tensor, tensors, offsets, GRAD_TYPE, EVEN), mask=inside, other=0.0)
             g = g.to(tl.float32) * factor
-            m = tl.load(at_first, mask=inside, other=0.0)
-            v = tl.load(at_second, mask=inside, other=0.0)
+            m = adamw_load_moment(table, 3, tensor, tensors, first + start, count, FIRST_TYPE, EVEN, PACK, BLOCK)
+            v = adamw_load_moment(table, 4, tensor, tensors, first + start, count, SECOND_TYPE, EVEN, PACK, BLOCK)
             old = tl.load(at_master, mask=inside, other=0.0).to(tl.float32)
             m += (1.0 - beta1) * (g - m)
             v = beta2 * v + (1.0 - beta2) * g * g
@@ -88,8 +129,8 @@ def adamw_kernel(table, places, norm, corrections, lost, tensors, clip, base_lr,
                 noise = (tl.randint(seed * tensors + tensor, offsets) & 0xFFFF).to(tl.int32)
                 bits = new.to(tl.int32, bitcast=True) + noise
                 new = (bits & -65536).to(tl.float32, bitcast=True)
-            tl.store(at_first, m, mask=inside)
-            tl.store(at_second, v, mask=inside)
+            adamw_store_moment(table, 3, tensor, tensors, first + start, count, m, FIRST_TYPE, EVEN, PACK, BLOCK)
+            adamw_store_moment(table, 4, tensor, tensors, first + start, count, v, SECOND_TYPE, EVEN, PACK, BLOCK)
             if not ROUND:
                 tl.store(at_master, new, mask=inside)
             tl.store(at_weight, new.to(WEIGHT_TYPE), mask=inside)
@@ -102,16 +143,21 @@ def adamw_kernel(table, places, norm, corrections, lost, tensors, clip, base_lr,
 class Table:
     """Tensors of one dtype as a table of addresses: weights, their masters and moments, and the gradients of the moment."""
 
-    def __init__(self, weights: Sequence[Tensor], masters: Sequence[Tensor], moments: Sequence[Sequence[Tensor]],
+    def __init__(self, weights: Sequence[Tensor], masters: Sequence[Tensor], moments: Sequence[Sequence[Tensor | Packed]],
                  groups: Sequence[int]) -> None:
-        """`masters` float32 or the weights themselves, `moments` two float32 tensors a weight; all contiguous."""
+        """`masters` float32 or the weights themselves, `moments` two a weight, kept in the same way for all; all contiguous."""
         self.kept = [weights, masters, moments]
+        self.moment_dtypes: list[torch.dtype] = []
         self.dtype, self.device = weights[0].dtype, weights[0].device
         counts = np.array([w.numel() for w in weights], np.int64)
-        table = np.zeros((7, len(weights)), np.int64)
+        table = np.zeros((9, len(weights)), np.int64)
         table[WEIGHT] = [w.data_ptr() for w in weights]
         table[MASTER] = [m.data_ptr() for m in masters]
-        table[FIRST], table[SECOND] = np.array([[m.data_ptr() for m in pair] for pair in moments], np.int64).T
+        for row, kept in zip((FIRST, SECOND), zip(*moments, strict=True), strict=True):
+            values = [m.codes if isinstance(m, Packed) else m for m in kept]
+            table[row] = [tensor.data_ptr() for tensor in values]
+            table[row + 4] = [m.scales.data_ptr() if isinstance(m, Packed) else 0 for m in kept]
+            self.moment_dtypes.append(values[0].dtype)
         table[COUNT], table[GROUP] = counts, groups
         self.host, self.device_table, self.known = table, torch.empty(0), np.full(len(weights), -1, np.int64)
         chunks = -(-counts // CHUNK)
@@ -149,16 +195,19 @@ class Table:
         """
         adamw_kernel[(len(self.places),)](
             self.device_table, self.places, norm, corrections, lost, self.host.shape[1], clip, *rates, *betas, eps,
-            weight_decay, seed, GRAD_TYPE=TYPES[grad_dtype], WEIGHT_TYPE=TYPES[self.dtype], ROUND=rounded, EVEN=self.even,
-            CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
+            weight_decay, seed, GRAD_TYPE=TYPES[grad_dtype], WEIGHT_TYPE=TYPES[self.dtype],
+            FIRST_TYPE=TYPES[self.moment_dtypes[0]], SECOND_TYPE=TYPES[self.moment_dtypes[1]], ROUND=rounded, EVEN=self.even,
+            PACK=PACK, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
 
 
-TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32} if HAS_TRITON else {}
+TYPES: dict[torch.dtype, Any] = {
+    torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.int8: tl.int8, torch.uint8: tl.uint8
+} if HAS_TRITON else {}  # fmt: skip
 
 
 def adamw_has_kernel(weight: Tensor) -> bool:
     """Whether `Table` can update `weight`: a contiguous bfloat16 or float32 one on a GPU."""
-    return HAS_TRITON and weight.is_cuda and weight.dtype in TYPES and weight.is_contiguous()
+    return HAS_TRITON and weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
 
 
 def adamw_plain(weight: Tensor, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, factor: Tensor,
