@@ -1,6 +1,7 @@
 """What every mixer and layer shares: norms, rotary positions, projections, feed-forward, gate."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
 from radlads.positions import inverse_frequencies, rope_amplitude, rope_depends_on_length, rope_length
 from radlads.spec import ModelSpec
+
+# Matrices of one input that have at most a tenth as many outputs as the input has rows make one product.
+ROWS_OF_JOINED = 10
 
 # 7.2, H.2: no decay is stronger than exp(-exp(-1/2)) per token.
 RWKV7_MIN_LOG_W = -math.exp(-0.5)
@@ -30,6 +34,32 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 
+def products(x: Tensor, maps: Sequence[nn.Module | Tensor]) -> list[Tensor]:
+    """x (..., D) through each of `maps`: linear modules, or matrices (D, n).
+
+    Narrow ones go together: one product reads x once and fills a GPU, and in the backward pass there is one gradient of x
+    instead of a sum of many, and one long product for all weights. Beside x copying the weights is little.
+    """
+    widest = x.shape[:-1].numel() // ROWS_OF_JOINED
+    joined = [m for m in maps if width_of(m) <= widest]
+    if len(joined) < 2:
+        return [x @ m if isinstance(m, Tensor) else m(x) for m in maps]
+    weight = torch.cat([m.T if isinstance(m, Tensor) else m.weight for m in joined])
+    biases = [getattr(m, "bias", None) for m in joined]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([x.new_zeros(width_of(m)) if b is None else b for m, b in zip(joined, biases, strict=True)])
+    parts = iter(F.linear(x, weight, bias).split([width_of(m) for m in joined], -1))
+    return [next(parts) if width_of(m) <= widest else x @ m if isinstance(m, Tensor) else m(x) for m in maps]
+
+
+def width_of(m: nn.Module | Tensor) -> float:
+    """The outputs of a map that can be joined; infinite for one that is more than a matrix, an adapter's for example."""
+    if isinstance(m, Tensor):
+        return m.shape[1]
+    return m.out_features if type(m) is nn.Linear else math.inf
+
+
 class FeedForward(nn.Module):
     """SwiGLU: W_down(SiLU(W_gate x) * W_up x)."""
 
@@ -41,7 +71,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Rotary(nn.Module):
@@ -96,17 +127,29 @@ class Projections(nn.Module):
             self.add_module(names.k_norm, RMSNorm(spec.N, spec.rms_norm_eps))
 
     def project(
-        self, x_q: Tensor, x_k: Tensor, x_v: Tensor, cos_sin: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) inputs to q (B, T, H, N) and k, v (B, T, Hkv, N), normed and, given `cos_sin`, rotated."""
+        self,
+        x_q: Tensor,
+        x_k: Tensor,
+        x_v: Tensor,
+        cos_sin: tuple[Tensor, Tensor] | None,
+        others: Sequence[nn.Module | Tensor] = (),
+    ) -> tuple[Tensor, ...]:
+        """(B, T, D) inputs to q (B, T, H, N) and k, v (B, T, Hkv, N), normed and, given `cos_sin`, rotated.
+
+        Then come the products of x_q with `others`, which cost less here than alone where the three inputs are one.
+        """
         names = self.names
-        inputs = ((names.q, x_q), (names.k, x_k), (names.v, x_v))
-        q, k, v = (getattr(self, name)(x).unflatten(-1, (-1, self.spec.N)) for name, x in inputs)
+        to_q, to_k, to_v = (getattr(self, name) for name in (names.q, names.k, names.v))
+        if x_q is x_k is x_v:
+            q, k, v, *rest = products(x_q, (to_q, to_k, to_v, *others))
+        else:
+            q, k, v, rest = to_q(x_q), to_k(x_k), to_v(x_v), products(x_q, others)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
         if self.spec.qk_norm:
             q, k = getattr(self, names.q_norm)(q), getattr(self, names.k_norm)(k)
         if cos_sin is not None:
             q, k = rotate(q, cos_sin), rotate(k, cos_sin)
-        return q, k, v
+        return q, k, v, *rest
 
     def output_of(self, p: Tensor) -> Tensor:
         """p (B, T, C) through the output projection (B, T, D)."""
@@ -137,13 +180,17 @@ def unit(k: Tensor) -> Tensor:
     return F.normalize(k.float(), dim=-1, eps=1e-12).to(k.dtype)
 
 
-def gated(module: Any, spec: ModelSpec, p: Tensor, x: Tensor) -> Tensor:
-    """6.8, 7.9: p (B, T, C) times the output gate of x (B, T, D)."""
-    if spec.mixer.gate == "full":
-        return p * torch.sigmoid(module.gate(x))
-    if spec.mixer.gate == "lowrank":
-        return p * (torch.sigmoid(x @ module.g1) @ module.g2)
-    return p
+def gate_of(module: Any, spec: ModelSpec) -> tuple[nn.Module | Tensor, ...]:
+    """What the input of the output gate is multiplied with; nothing where there is no gate."""
+    return {"full": lambda: (module.gate,), "lowrank": lambda: (module.g1,), "none": lambda: ()}[spec.mixer.gate]()
+
+
+def gated(module: Any, spec: ModelSpec, p: Tensor, x: Sequence[Tensor]) -> Tensor:
+    """6.8, 7.9: p (B, T, C) times the output gate, from the products of its input with `gate_of`."""
+    if not x:
+        return p
+    gate = torch.sigmoid(x[0])
+    return p * (gate @ module.g2 if spec.mixer.gate == "lowrank" else gate)
 
 
 class HeadNorm(nn.GroupNorm):

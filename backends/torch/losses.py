@@ -20,8 +20,9 @@ IGNORED = -100
 LOGITS_BYTES = {"cuda": 780 * 2**20, "cpu": 10 * 2**20}
 # The student's logits of this many parts of a group exist at once, the teacher's of one: fewer, longer products for the head.
 PARTS = 4
-# Tokens of one product with the head: 2,048 of them leave more of a GPU idle at the end.
-ROWS_OF_PRODUCT = 1024
+# Values of the gradient of hidden states in one product: few of them do not fill a GPU, and at a width of 3,584 twice as many
+# leave more of it idle at the end.
+VALUES_OF_PRODUCT = 1024 * 3584
 
 
 # Process groups by name: an operation of torch.library takes no other form of them.
@@ -149,7 +150,9 @@ def linear_divergence(
                 target = TopK(top_ids[rows], top_log_p[rows], top_log_tail[rows])
             differentiate(logits[first - start : rows.stop - start], target, labels[rows], weights[rows], table[rows], loss)
         if need_hidden:
-            for part, out in zip(logits.split(ROWS_OF_PRODUCT), grad_hidden[group_rows].split(ROWS_OF_PRODUCT), strict=True):
+            grads = grad_hidden[group_rows]
+            pieces = max(1, round(grads.numel() / VALUES_OF_PRODUCT))
+            for part, out in zip(logits.chunk(pieces), grads.chunk(pieces), strict=True):
                 torch.mm(part, head, out=out)
         if need_head:
             add_product(grad_head, logits.T, hidden[group_rows], first=start == 0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from radlads.backends.torch import layers
 from radlads.backends.torch.model import Model
 from radlads.oracle import OracleState, oracle_logits
 from radlads.spec import ModelSpec
@@ -142,3 +143,31 @@ def test_bfloat16_keeps_the_state_in_float32(mixer: str) -> None:
     model = model_of(spec, random_weights(spec)).to(torch.bfloat16)
     logits, state = model(torch.tensor([[1, 2, 3]]))
     assert logits.dtype == torch.bfloat16 and state.layers[0]["wkv"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "rwkv7-C", "rwkv7-hybrid-full-gate", "rwkv6-groupnorm-hybrid", "hxa07b"])
+def test_joined_products_change_nothing_but_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS[name]
+    tokens = torch.from_numpy(np.random.default_rng(2).integers(0, spec.V, (4, 50)))
+    found = []
+    for rows in (10**9, 1):
+        monkeypatch.setattr(layers, "ROWS_OF_JOINED", rows)
+        model = model_of(spec, random_weights(spec))
+        logits = model(tokens)[0]
+        logits.square().mean().backward()
+        found.append((logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (alone, grads), (joined, others) = found
+    torch.testing.assert_close(joined, alone, atol=1e-5, rtol=1e-4)
+    assert others.keys() == grads.keys()
+    for key, grad in grads.items():
+        assert (others[key] - grad).norm() <= 1e-5 * grad.norm(), key
+
+
+def test_what_is_joined() -> None:
+    x, plain, adapted = torch.randn(3, 100, 8), torch.nn.Linear(8, 16), torch.nn.Sequential(torch.nn.Linear(8, 4))
+    narrow, wide = torch.randn(8, 30), torch.randn(8, 31)  # of 300 rows a tenth is 30
+    parts = layers.products(x, (wide, plain, adapted, narrow))
+    for part, wanted in zip(parts, (x @ wide, plain(x), adapted(x), x @ narrow), strict=True):
+        torch.testing.assert_close(part, wanted)
+    memory = [part.untyped_storage().data_ptr() for part in parts]
+    assert memory[1] == memory[3] and len(set(memory)) == 3

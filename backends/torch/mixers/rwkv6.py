@@ -5,7 +5,7 @@ from torch import Tensor
 
 from radlads.backends.torch.kernels.decode import wkv6_step
 from radlads.backends.torch.kernels.wkv6 import wkv6
-from radlads.backends.torch.layers import HeadNorm, Projections, declare, declare_gate, gated, repeat_heads
+from radlads.backends.torch.layers import HeadNorm, Projections, declare, declare_gate, gate_of, gated, products, repeat_heads
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.spec import ModelSpec
 
@@ -68,7 +68,8 @@ class Rwkv6Mixer(Projections):
         p = p.flatten(2)
         if opts.groupnorm:
             p = self.ln_x(p)
-        return self.output_of(gated(self, self.spec, p, x_g)), new_state  # 6.8
+        gate = products(x_g, gate_of(self, self.spec))
+        return self.output_of(gated(self, self.spec, p, gate)), new_state  # 6.8
 
     def previous(self, x: Tensor, state: LayerState, context: MixContext) -> Tensor:
         """x one token earlier: the stored one before the first, zeros at the start of a sequence."""

@@ -11,6 +11,7 @@ from radlads.backends.torch.layers import (
     Projections,
     declare,
     declare_gate,
+    gate_of,
     gated,
     repeat_heads,
     unit,
@@ -48,11 +49,13 @@ class Rwkv7Mixer(Projections):
     def forward(self, x: Tensor, context: MixContext, state: LayerState) -> tuple[Tensor, LayerState]:
         """x (B, T, D) to the output (B, T, D) and the state `wkv` (B, H, N, N)."""
         opts, heads, carry, mask = self.spec.mixer, self.spec.H, context.carry, context.mask
-        r, k, v = self.project(x, x, x, context.cos_sin if opts.rope else None)  # 7.1
+        later = "v_first" in carry
+        maps = (self.w1, self.a1, *((self.v1,) if later else ()), *gate_of(self, self.spec))
+        r, k, v, x_w, x_a, *rest = self.project(x, x, x, context.cos_sin if opts.rope else None, maps)  # 7.1
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         w0 = 2 * self.w0 if opts.variant == "A" else self.w0
-        log_w = self.heads(RWKV7_MIN_LOG_W * torch.sigmoid((w0 + torch.tanh(x @ self.w1) @ self.w2).float()))  # 7.2
-        a = self.heads(torch.sigmoid(self.a0 + x @ self.a1 @ self.a2))  # 7.3
+        log_w = self.heads(RWKV7_MIN_LOG_W * torch.sigmoid((w0 + torch.tanh(x_w) @ self.w2).float()))  # 7.2
+        a = self.heads(torch.sigmoid(self.a0 + x_a @ self.a2))  # 7.3
         if opts.variant == "C":  # 7.4
             kappa = unit(k)
             beta = kappa * a
@@ -62,21 +65,24 @@ class Rwkv7Mixer(Projections):
             key_scale = 1 + (a - 1) * self.heads(self.k_a)
             beta = kappa * (key_scale if opts.variant == "A" else a)
             k = k * key_scale
-        if "v_first" in carry:  # 7.5
-            v = torch.lerp(v, carry["v_first"], self.heads(torch.sigmoid(self.v0 + x @ self.v1 @ self.v2)))
+        if later:  # 7.5
+            x_v, *rest = rest
+            v = torch.lerp(v, carry["v_first"], self.heads(torch.sigmoid(self.v0 + x_v @ self.v2)))
         else:
             carry["v_first"] = v
         if mask is not None:
             real = mask[..., None, None].to(k.dtype)
             k, v, kappa, log_w = k * real, v * real, kappa * real, log_w * real.float()
         log_w = log_w.to(r.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
+        scale = 1.0 if opts.groupnorm else self.spec.N**-0.5  # of 7.8
         if context.in_place:  # 7.6, 7.7
             wkv = state["wkv"]
-            p = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], -kappa[:, 0], beta[:, 0], wkv)[:, None]
+            p = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], -kappa[:, 0], beta[:, 0], wkv, scale=scale)[:, None]
         else:
             p, wkv = wkv7(
-                r, log_w, k, v, -kappa, beta, state.get("wkv"), min_log_w=RWKV7_MIN_LOG_W, cu_seqlens=context.cu_seqlens
-            )
+                r, log_w, k, v, -kappa, beta, state.get("wkv"), scale=scale, min_log_w=RWKV7_MIN_LOG_W,
+                cu_seqlens=context.cu_seqlens,
+            )  # fmt: skip
         p = p.flatten(2)
-        p = self.ln_x(p) if opts.groupnorm else p * self.spec.N**-0.5  # 7.8
-        return self.output_of(gated(self, self.spec, p, x)), {"wkv": wkv}  # 7.9
+        p = self.ln_x(p) if opts.groupnorm else p
+        return self.output_of(gated(self, self.spec, p, rest)), {"wkv": wkv}  # 7.9
