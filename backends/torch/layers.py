@@ -41,23 +41,35 @@ def products(x: Tensor, maps: Sequence[nn.Module | Tensor]) -> list[Tensor]:
     instead of a sum of many, and one long product for all weights. Beside x copying the weights is little.
     """
     widest = x.shape[:-1].numel() // ROWS_OF_JOINED
-    joined = [m for m in maps if width_of(m) <= widest]
+    joined = {}
+    for place, m in enumerate(maps):
+        matrix = matrix_of(m)
+        if matrix is not None and matrix[0].shape[0] <= widest:
+            joined[place] = matrix
     if len(joined) < 2:
-        return [x @ m if isinstance(m, Tensor) else m(x) for m in maps]
-    weight = torch.cat([m.T if isinstance(m, Tensor) else m.weight for m in joined])
-    biases = [getattr(m, "bias", None) for m in joined]
+        return [mapped(x, m) for m in maps]
+    widths = [weight.shape[0] for weight, _ in joined.values()]
     bias = None
-    if any(b is not None for b in biases):
-        bias = torch.cat([x.new_zeros(width_of(m)) if b is None else b for m, b in zip(joined, biases, strict=True)])
-    parts = iter(F.linear(x, weight, bias).split([width_of(m) for m in joined], -1))
-    return [next(parts) if width_of(m) <= widest else x @ m if isinstance(m, Tensor) else m(x) for m in maps]
+    if any(b is not None for _, b in joined.values()):
+        bias = torch.cat([x.new_zeros(w.shape[0]) if b is None else b for w, b in joined.values()])
+    parts = F.linear(x, torch.cat([weight for weight, _ in joined.values()]), bias).split(widths, -1)
+    found = dict(zip(joined, parts, strict=True))
+    return [found[place] if place in found else mapped(x, m) for place, m in enumerate(maps)]
 
 
-def width_of(m: nn.Module | Tensor) -> float:
-    """The outputs of a map that can be joined; infinite for one that is more than a matrix, an adapter's for example."""
+def matrix_of(m: nn.Module | Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Matrix (n, D) and bias of a map; None for one that is more than that, an adapter's for example."""
     if isinstance(m, Tensor):
-        return m.shape[1]
-    return m.out_features if type(m) is nn.Linear else math.inf
+        return m.T, None
+    return (m.weight, m.bias) if type(m) is nn.Linear else None
+
+
+def mapped(x: Tensor, m: nn.Module | Tensor) -> Tensor:
+    """x (..., D) through one map."""
+    if isinstance(m, Tensor):
+        return x @ m
+    out: Tensor = m(x)
+    return out
 
 
 class FeedForward(nn.Module):
@@ -182,7 +194,9 @@ def unit(k: Tensor) -> Tensor:
 
 def gate_of(module: Any, spec: ModelSpec) -> tuple[nn.Module | Tensor, ...]:
     """What the input of the output gate is multiplied with; nothing where there is no gate."""
-    return {"full": lambda: (module.gate,), "lowrank": lambda: (module.g1,), "none": lambda: ()}[spec.mixer.gate]()
+    if spec.mixer.gate == "full":
+        return (module.gate,)
+    return (module.g1,) if spec.mixer.gate == "lowrank" else ()
 
 
 def gated(module: Any, spec: ModelSpec, p: Tensor, x: Sequence[Tensor]) -> Tensor:
