@@ -74,6 +74,7 @@ class EvalResult:
     figures: list[Figure] = field(default_factory=list)
     answers: list[Answers] = field(default_factory=list)
     kl_by_position: list[float] = field(default_factory=list)
+    agreement_by_position: list[float] = field(default_factory=list)
     exit_status: int = 0
 
     def blocks(self) -> Iterator[Table | str]:
@@ -246,13 +247,14 @@ def quotient(statistic: "Callable[..., Array]", count: int) -> "Callable[..., Ar
 
 
 def add_distance(result: EvalResult, student: "OpenModel", teacher: "OpenModel", options: EvalOptions) -> None:
-    """KL(teacher || model) and next-token agreement on the held-out text, over all of it and by position."""
+    """KL(teacher || model) and next-token agreement on whole windows of the held-out text, over all of it and by position."""
     if student.engine.name != "torch":
         raise fail("R405", where="--tasks kl", why="it is measured on the torch backend", fix="Add `--backend torch`")
     import torch
 
-    from radlads.backends.torch.evaluate import evaluate as distance
+    from radlads.backends.torch.evaluate import by_position, compare
     from radlads.evals.local import windows
+    from radlads.evals.statistics import bootstrap, mean
 
     assert options.text is not None
     parts = windows(Path(options.text), teacher.tokenizer, options.window + 1)
@@ -260,11 +262,13 @@ def add_distance(result: EvalResult, student: "OpenModel", teacher: "OpenModel",
     if not full:
         raise fail("R302", where=options.text, why=f"it is shorter than {options.window} tokens", fix="Lower `--window`")
     engines: list[Any] = [student.engine, teacher.engine]
-    found: dict[str, Any] = distance(engines[0].model, torch.tensor(full), engines[1].model)
-    for metric, key in (("KL to teacher", "kl"), ("agreement", "agreement")):
-        value = float(found[key])
-        result.figures.append(Figure("kl", metric, int(found["tokens"]), value, value, value))
-    result.kl_by_position = found["kl_by_position"]
+    found = compare(engines[0].model, torch.tensor(full), engines[1].model)
+    assert found.kl is not None and found.agrees is not None
+    for metric, values in (("KL to teacher", found.kl), ("agreement", found.agrees)):
+        own = bootstrap(mean, values.double().mean(1).numpy(), draws=options.draws, seed=options.seed)
+        result.figures.append(Figure("kl", metric, len(full), own.value, own.low, own.high))
+    result.kl_by_position = by_position(found.kl, found.counted)
+    result.agreement_by_position = by_position(found.agrees, found.counted)
 
 
 def side_by_side(student: "OpenModel", teacher: "OpenModel | None", options: EvalOptions) -> list[Answers]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,37 +20,61 @@ ROWS = 16
 POSITIONS = 1024
 
 
-@torch.no_grad()
-def evaluate(model: Model, samples: Tensor, teacher: Model | None = None) -> dict[str, object]:
-    """Loss and, with a teacher, KL(teacher || model), next-token agreement and KL by position on samples (n, T + 1).
+@dataclass(frozen=True)
+class Compared:
+    """What a model made of every label of some samples, each (n, T) float32 on the CPU and 0 where a label does not count.
 
-    Keys: tokens, loss (nats per token), ppl, kl, agreement (0..1), kl_by_position (mean over each stretch of `kl_stretch`
-    tokens of the context).
+    `loss` in nats; beside a teacher `kl` is KL(teacher || model) in nats, and `agrees` is 1 where the same token is likeliest.
     """
-    loss, kl, agree = 0.0, torch.zeros(samples.shape[1] - 1, dtype=torch.float64), 0
-    counts = torch.zeros_like(kl)  # labels that count, by position
+
+    counted: Tensor
+    loss: Tensor
+    kl: Tensor | None = None
+    agrees: Tensor | None = None
+
+
+@torch.no_grad()
+def compare(model: Model, samples: Tensor, teacher: Model | None = None) -> Compared:
+    """`model` on samples (n, T + 1), beside its teacher where there is one."""
     device = next(model.parameters()).device
+    found: list[tuple[Tensor, ...]] = []
     for rows in samples.split(ROWS):
         tokens, labels, *_ = unpack(rows.to(device))
         counted = labels != IGNORED
-        counts += counted.sum(0).cpu()
         log_p = model(tokens)[0].float().log_softmax(-1)
-        loss += float(F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="sum"))
+        loss = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        part = [counted, loss * counted]
         if teacher is not None:
             target = teacher(tokens)[0].float().log_softmax(-1)
-            kl += ((target.exp() * (target - log_p)).sum(-1) * counted).sum(0).double().cpu()
-            agree += int(((target.argmax(-1) == log_p.argmax(-1)) & counted).sum())
-    count = max(1, int(counts.sum()))
-    result: dict[str, object] = {"tokens": count, "loss": loss / count, "ppl": math.exp(min(loss / count, 80))}
-    if teacher is not None:
-        stretch = -(-len(kl) // POSITIONS)
-        by_position = [
-            float(part.sum() / number.sum().clamp(min=1))
-            for part, number in zip(kl.split(stretch), counts.split(stretch), strict=True)
-        ]
-        result |= {"kl": float(kl.sum()) / count, "agreement": agree / count}
-        result |= {"kl_by_position": by_position, "kl_stretch": stretch}
+            part.append((target.exp() * (target - log_p)).sum(-1) * counted)
+            part.append((target.argmax(-1) == log_p.argmax(-1)) & counted)
+        found.append(tuple(values.float().cpu() for values in part))
+    return Compared(*map(torch.cat, zip(*found, strict=True)))
+
+
+def evaluate(model: Model, samples: Tensor, teacher: Model | None = None) -> dict[str, object]:
+    """Loss and, with a teacher, KL(teacher || model), next-token agreement and both by position on samples (n, T + 1).
+
+    Keys: tokens, loss (nats per token), ppl, kl, agreement (0..1), kl_by_position and agreement_by_position (means over
+    each stretch of `kl_stretch` tokens of the context).
+    """
+    found = compare(model, samples, teacher)
+    count = max(1, int(found.counted.sum()))
+    loss = float(found.loss.sum(dtype=torch.float64)) / count
+    result: dict[str, object] = {"tokens": count, "loss": loss, "ppl": math.exp(min(loss, 80))}
+    if found.kl is not None and found.agrees is not None:
+        for name, values in (("kl", found.kl), ("agreement", found.agrees)):
+            result[name] = float(values.sum(dtype=torch.float64)) / count
+            result[f"{name}_by_position"] = by_position(values, found.counted)
+        result["kl_stretch"] = -(-found.counted.shape[1] // POSITIONS)
     return result
+
+
+def by_position(values: Tensor, counted: Tensor) -> list[float]:
+    """Means of values (n, T) over the labels that count, in POSITIONS equal stretches of the context at most."""
+    stretch = -(-values.shape[1] // POSITIONS)
+    sums, counts = (table.sum(0, dtype=torch.float64).split(stretch) for table in (values, counted))
+    return [float(part.sum() / number.sum().clamp(min=1)) for part, number in zip(sums, counts, strict=True)]
 
 
 @torch.no_grad()

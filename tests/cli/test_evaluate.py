@@ -36,7 +36,11 @@ def test_a_model_beside_its_teacher(radlads, place: Path) -> None:
     assert {task for task, _ in figures} == {"lambada", "blimp", "bits", "passkey 200", "key-value 200", "kl"}
     bits = figures["bits", "bits per byte"]
     assert bits["low"] <= bits["value"] <= bits["high"] and bits["relative"] == pytest.approx(bits["value"] / bits["teacher"])
-    assert figures["kl", "KL to teacher"]["value"] > 0 and len(record["kl_by_position"]) == 64
+    assert figures["kl", "KL to teacher"]["low"] > 0
+    for metric, by_position in (("KL to teacher", "kl_by_position"), ("agreement", "agreement_by_position")):
+        found, means = figures["kl", metric], record[by_position]
+        assert 0 <= found["low"] <= found["value"] <= found["high"] and len(means) == 64
+        assert found["value"] == pytest.approx(sum(means) / 64, rel=1e-6)
     assert record["answers"][0]["prompt"] == "Hello there" and record["answers"][0]["against"]
 
 
