@@ -225,7 +225,8 @@ class Stage(Part):
     `loss` of an align stage: the paper's norm of the difference, or its mean square. `train` names the weights that learn:
     the mixers, all, all but embedding, head and last norm ("layers"), or the decay and what leads to it (step 3a).
     `clip` 0 is no clipping, `save_every` 0 saves only at the end of the stage. Where every process has all weights, the
-    model is also measured on the held-out text after every `measure_every` steps. The loss of step 2 is
+    model is also measured on the held-out text after every `measure_every` steps, and at the first step by which the stage
+    has seen each of `measure_at` tokens. The loss of step 2 is
     kl_weight * divergence(teacher, student) + ce_weight * cross-entropy; `jsd_beta` is the teacher's share of the mixture.
     """
 
@@ -258,6 +259,7 @@ class Stage(Part):
     )
     save_every: Annotated[Whole, Field(ge=0)] = 0
     measure_every: Annotated[Whole, Field(ge=0)] = 0
+    measure_at: tuple[Count, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -300,6 +302,12 @@ class Stage(Part):
     def steps(self) -> int:
         """Optimiser steps: as many as it takes to see `tokens` tokens."""
         return -(-self.tokens // self.tokens_per_step)
+
+    def measured_after(self, step: int) -> bool:
+        """Whether the model is measured when `step` steps are done; at the end of the stage it is in any case."""
+        asked = {-(-tokens // self.tokens_per_step) for tokens in self.measure_at}
+        every = self.measure_every and step % self.measure_every == 0
+        return step < self.steps and bool(every or step in asked)
 
 
 class TeacherFile(Part):

@@ -283,7 +283,7 @@ def steps(
         found = parts.gradients(parts.samples(step), parts.predicted(step))
         log.add(step, found, parts.update(step))
         done = step + 1
-        if stage.measure_every and done % stage.measure_every == 0 and done < stage.steps:
+        if stage.measured_after(done):
             log.finish()
             measure(done)
             log.before = time.perf_counter()  # is no part of the next step

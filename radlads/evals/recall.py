@@ -56,23 +56,24 @@ def key_value(tokenizer: Tokenizer, length: int, rng: random.Random, depth: floa
 
 
 def longest(tokenizer: Tokenizer, make: Callable[[int], tuple[str, str]], length: int) -> RecallItem:
-    """The item of (prompt, answer) = make(n) with the greatest n that fits in `length` tokens, by bisection."""
+    """The item of (prompt, answer) = make(n) with the greatest n that fits in `length` tokens."""
 
-    def item(size: int) -> RecallItem:
-        prompt, answer = make(size)
-        ids = tokenizer.encode(prompt, add_special=True)
-        return RecallItem(ids, tokenizer.encode(prompt + answer, add_special=True)[len(ids) :])
+    def tokens(size: int) -> int:
+        return len(tokenizer.encode("".join(make(size)), add_special=True))
 
-    def fits(size: int) -> bool:
-        return len(item(size).prompt) + len(item(size).answer) <= length
-
-    if not fits(0):
+    shortest = tokens(0)
+    if shortest > length:
         raise fail("R101", where="--lengths", why=f"{length} tokens hold no item", fix="Give a greater length")
-    low, high = 0, length
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return item(low)
+    # Every unit of an item takes about as many tokens: the first guess is nearly right, and long texts are encoded a few times.
+    unit = max(1.0, (tokens(16) - shortest) / 16)
+    size = min(length, int((length - shortest) / unit))
+    while (over := tokens(size) - length) > 0:
+        size -= max(1, int(over / unit))
+    while size < length and tokens(size + 1) <= length:
+        size += 1
+    prompt, answer = make(size)
+    ids = tokenizer.encode(prompt, add_special=True)
+    return RecallItem(ids, tokenizer.encode(prompt + answer, add_special=True)[len(ids) :])
 
 
 def recalled(engine: Engine, items: list[RecallItem]) -> list[bool]:
