@@ -110,13 +110,13 @@ class Bench:
         """Stage 1, 2 or 3 of the recipe over `tokens`; at a small scale also with small batches, to try things out."""
         found = {**STAGES[number - 1], "tokens": self.scaled(tokens), **more}
         if self.options.scale < 1:
-            found |= {"batch_size": 2, "micro_batch": 2, "seq_len": 64, "warmup_steps": 1, "measure_every": 0}
+            found |= {"batch_size": 2, "micro_batch": 2, "seq_len": 64, "warmup_steps": 1, "measure_every": 0, "measure_at": []}
         return found
 
     def short(self, million: float, **more: Any) -> list[dict[str, Any]]:
         """Steps 1 and 2 over `million` tokens together: a quarter and the rest, in batches of step 1, which are more steps."""
         small = {"batch_size": STAGES[0]["batch_size"], "micro_batch": 0, "measure_every": 0, **more}
-        return [self.stage(1, million * MILLION / 4), self.stage(2, million * MILLION * 3 / 4, **small)]
+        return [self.stage(1, million * MILLION / 4, measure_at=[]), self.stage(2, million * MILLION * 3 / 4, **small)]
 
     def job(self, name: str, stages: list[dict[str, Any]], arch: str = "rwkv7", data: Any = None, **sets: Any) -> Job:
         values = {"stages": stages, "student.arch": arch, "data.train": data or [BOOKS, *OTHERS], "seed": SEED}

