@@ -1,13 +1,16 @@
 """Coverage-guided fuzzing of the header checkers: `python -m tests.hostile.fuzz gguf --seconds 600`.
 
 Keeps the inputs that reach something new in found/NAME.zip and adds up what was done in found/record.json. A finding is saved
-as found/NAME-finding-*.bin, and the exit status is 1.
+as found/NAME-finding-*.bin, and the exit status is 1. Sessions side by side need a --found of their own without a record;
+`--merge DIR...` adds theirs to ours.
 """
 
 import argparse
 import hashlib
 import json
 import random
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -121,16 +124,41 @@ def fuzz(name: str, seconds: float, seed: int, found: Path) -> bool:
             if not edges <= seen:
                 corpus.append(trimmed(checker, data, edges - seen))
                 seen |= edges
-    kept, seen = minimal(checker, corpus)
+    note(name, executions, round(time.process_time() - start), corpus, found)
+    print(f"{name}: {executions:,} new executions{'' if sound else ', FINDINGS'}", flush=True)
+    return sound
+
+
+def note(name: str, executions: int, seconds: int, inputs: list[bytes], found: Path) -> None:
+    """Keep what of the inputs is needed, and add the work to the record."""
+    kept, seen = minimal(CHECKERS[name], inputs)
     keep(name, kept, found)
-    record = json.loads((found / RECORD).read_text()) if (found / RECORD).exists() else {}
+    record = recorded(found)
     total = record.setdefault(name, {"executions": 0, "cpu_seconds": 0})
     total["executions"] += executions
-    total["cpu_seconds"] += round(time.process_time() - start)
+    total["cpu_seconds"] += seconds
     total |= {"inputs": len(kept), "steps": len(seen)}
     (found / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    print(f"{name}: {executions:,} executions, {len(kept)} inputs, {len(seen)} steps{'' if sound else ', FINDINGS'}", flush=True)
-    return sound
+    print(f"{name}: {json.dumps(total)}", flush=True)
+
+
+def recorded(found: Path) -> dict[str, dict[str, int]]:
+    """What was done in the sessions of a folder."""
+    return json.loads((found / RECORD).read_text()) if (found / RECORD).exists() else {}
+
+
+def merge(folders: list[Path], found: Path) -> bool:
+    """Add the sessions of other folders to those of `found`; True if none had a finding."""
+    for name, checker in CHECKERS.items():
+        done = [total for folder in folders if (total := recorded(folder).get(name))]
+        if done:
+            executions, seconds = (sum(total[key] for total in done) for key in ("executions", "cpu_seconds"))
+            inputs = [data for folder in (found, *folders) for data in load(name, folder)]
+            note(name, executions, seconds, [*checker.seeds, *inputs], found)
+    findings = [path for folder in folders for path in folder.glob("*-finding-*.bin")]
+    for path in findings:
+        shutil.copy(path, found)
+    return not findings
 
 
 def main() -> int:
@@ -140,11 +168,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="processor time for each (default 60)")
     parser.add_argument("--seed", type=int, default=None, help="seed of the random changes; drawn by default")
     parser.add_argument("--found", type=Path, default=FOUND, metavar="DIR", help="where inputs and findings are kept")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="fuzz nothing: add the sessions in these folders")
     options = parser.parse_args()
     options.found.mkdir(parents=True, exist_ok=True)
     for name in options.names:
         if name not in CHECKERS:
             parser.error(f"{name} is none of {', '.join(CHECKERS)}")
+    if options.merge:
+        return 0 if merge(options.merge, options.found) else 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a session in the background can be stopped by nothing gentler
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
     return 0 if all([fuzz(name, options.seconds, seed, options.found) for name in options.names or CHECKERS]) else 1
 

@@ -53,6 +53,27 @@ def test_the_fuzzer_finds_a_planted_fault(tmp_path: Path, monkeypatch: pytest.Mo
     assert {path.read_bytes()[:4] for path in tmp_path.glob("planted-finding-*.bin")} == {b"BUG!"}
 
 
+def test_sessions_side_by_side_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(data: bytes) -> bool:
+        if data == b"one":
+            return True
+        if data == b"two":
+            return False
+        raise ValueError("neither")
+
+    monkeypatch.setitem(fuzz.CHECKERS, "side", Checker(check, [b"one"], [], (__file__,)))
+    folders = [tmp_path / name for name in ("first", "second", "all")]
+    for folder in folders:
+        folder.mkdir()
+        fuzz.note("side", 100, 7, [b"one", b"two"] if folder.name == "second" else [b"one"], folder)
+    assert fuzz.merge(folders[:2], folders[2])
+    assert fuzz.recorded(folders[2]) == {"side": {"executions": 300, "cpu_seconds": 21, "inputs": 2, "steps": 5}}
+    assert set(fuzz.load("side", folders[2])) == {b"one", b"two"}
+    (folders[0] / "side-finding-0.bin").write_bytes(b"three")
+    assert not fuzz.merge(folders[:2], folders[2])
+    assert (folders[2] / "side-finding-0.bin").read_bytes() == b"three"
+
+
 def test_what_we_accept_other_readers_read_identically() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.hostile.compare", "--count", "2500"],
