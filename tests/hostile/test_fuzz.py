@@ -67,7 +67,7 @@ def test_sessions_side_by_side_add_up(tmp_path: Path, monkeypatch: pytest.Monkey
         folder.mkdir()
         fuzz.note("side", 100, 7, [b"one", b"two"] if folder.name == "second" else [b"one"], folder)
     assert fuzz.merge(folders[:2], folders[2])
-    assert fuzz.recorded(folders[2]) == {"side": {"executions": 300, "cpu_seconds": 21, "inputs": 2, "steps": 5}}
+    assert fuzz.recorded(folders[2]) == {"side": {"executions": 300, "cpu_seconds": 21, "inputs": 2, "steps": 6}}
     assert set(fuzz.load("side", folders[2])) == {b"one", b"two"}
     (folders[0] / "side-finding-0.bin").write_bytes(b"three")
     assert not fuzz.merge(folders[:2], folders[2])
