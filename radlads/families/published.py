@@ -4,6 +4,7 @@ Ranks always come from shapes, flags from the presence of tensors; the config ad
 is told in notices, with the way to override it.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -68,15 +69,16 @@ def detect(shapes: Shapes, config: Mapping[str, Any] | None, *, variant: str | N
         raise fail("R204", where="config.json", why=why, fix="Pass --config with the teacher's folder or its config.json")
     layers = attention_tensors(shapes)
     notices: list[str] = []
-    mixers = tuple(mixer_of(names, index) for index, names in enumerate(layers))
-    recurrent = next((name for name in mixers if MIXERS[name].recurrent), None)
+    kinds = [mixer_of(names, index) for index, names in enumerate(layers)]
+    # Where one layer differs from the others it is at fault, and the check of all tensors will say in what.
+    recurrent = next((name for name, _ in Counter(kinds).most_common() if MIXERS[name].recurrent), None)
     if recurrent is None:
         why = "no layer has the tensors of a recurrent mixer"
         raise fail("R203", where="weights", why=why, fix="Open a teacher with its own config.json")
+    first = usual_shapes([layer for layer, name in zip(layers, kinds, strict=True) if MIXERS[name].recurrent])
     if recurrent == "hxa07b":
-        kind = second_value_form(config, variant)
-        mixers, recurrent = tuple(kind if name == "hxa07b" else name for name in mixers), kind
-    first = layers[mixers.index(recurrent)]
+        recurrent = second_value_form(config, variant)
+    mixers = tuple(recurrent if MIXERS[name].recurrent else name for name in kinds)
     check_stated_kind(recurrent, config)
     check_kept(mixers, config, notices)
     base = base_spec(shapes, first, config, mixers, notices)
@@ -111,7 +113,7 @@ def attention_tensors(shapes: Shapes) -> list[dict[str, Shape]]:
         parts = name.split(".", 3)
         if name.startswith("model.layers.") and len(parts) == 4 and parts[2].isdecimal() and len(parts[2]) < 5:
             layer = found.setdefault(int(parts[2]), {})
-            if parts[3].startswith("self_attn."):
+            if parts[3].startswith("self_attn.") and not parts[3].endswith((*SCALARS, ".inv_freq")):
                 layer[parts[3].removeprefix("self_attn.")] = tuple(shape)
     gaps = [index for index in range(max(found, default=-1) + 1) if not found.get(index)]
     if not found or gaps:
@@ -121,14 +123,24 @@ def attention_tensors(shapes: Shapes) -> list[dict[str, Shape]]:
 
 
 def mixer_of(names: Mapping[str, Shape], layer: int) -> str:
-    """The mixer that a layer's tensors show; "hxa07b" stands for 07B and 07C, which have the same. R203."""
-    if "receptance.weight" in names:
-        return "hxa079" if "k0" in names else "hxa07b" if "v1" in names else "hxa07a"
-    for tensor, mixer in (("time_decay", "rwkv6"), ("w0", "rwkv7"), ("q_proj.weight", "softmax")):
-        if tensor in names:
+    """The mixer that a layer's tensors show, one lost or not; "hxa07b" stands for 07B and 07C, which have the same. R203."""
+    if names.keys() & {"receptance.weight", "key.weight"}:
+        return "hxa079" if names.keys() & {"k0", "k1"} else "hxa07b" if names.keys() & {"v1", "v2"} else "hxa07a"
+    marks = {"rwkv6": {"time_decay", "time_decay_w1"}, "rwkv7": {"w0", "w1"}, "softmax": {"q_proj.weight", "k_proj.weight"}}
+    for mixer, tensors in marks.items():
+        if names.keys() & tensors:
             return mixer
     why = f"layer {layer} has the tensors of no known mixer: {listing(sorted(names))}"
     raise fail("R203", where="weights", why=why, fix="Check that this is a model of the RADLADS or hxa kind")
+
+
+def usual_shapes(layers: list[dict[str, Shape]]) -> dict[str, Shape]:
+    """The tensors that at least half of the layers have, in the shape that most of them have."""
+    found: dict[str, Counter[Shape]] = {}
+    for layer in layers:
+        for name, shape in layer.items():
+            found.setdefault(name, Counter())[shape] += 1
+    return {name: shapes.most_common(1)[0][0] for name, shapes in found.items() if 2 * shapes.total() >= len(layers)}
 
 
 def second_value_form(config: Mapping[str, Any], variant: str | None) -> str:
@@ -189,9 +201,14 @@ def base_spec(
         fix = "Give the config of this model or of its teacher with --config"
         raise fail("R204", where="config.json", why="; ".join(wrong), fix=fix)
     tied = "lm_head.weight" not in shapes
+    if tied and config.get("tie_word_embeddings") is False:
+        why = "lm_head.weight is missing, and the config says that it is not tied to the embedding"
+        fix = "Give all files of the model, or set tie_word_embeddings to true with --config"
+        raise fail("R203", where="weights", why=why, fix=fix)
     if tied != stated.tie_embeddings:
         held = "no lm_head is stored, so the embedding is the head" if tied else "an lm_head is stored, and it is used"
-        notices.append(f"{held}, although the config says tie_word_embeddings {str(stated.tie_embeddings).lower()}")
+        told = f"although the config says tie_word_embeddings {str(stated.tie_embeddings).lower()}"
+        notices.append(f"{held}, {told}" if "tie_word_embeddings" in config else f"{held}: the config does not say")
     if "rms_norm_eps" not in config:
         notices.append(f"norm epsilon {stated.rms_norm_eps:g}: the config has no rms_norm_eps (set it in --config)")
     if "rope_theta" not in config and "rope_parameters" not in config:

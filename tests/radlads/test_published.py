@@ -71,7 +71,32 @@ def test_ablations_show_in_the_tensors() -> None:
     no_gate = {name: shape for name, shape in shapes.items() if ".gate." not in name}
     assert detect(no_gate, QRWKV6_7B.config()).spec.mixer.gate == "none"
     tied = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
-    assert detect(tied, QRWKV6_7B.config()).spec.tie_embeddings is True
+    config = QRWKV6_7B.config()
+    with pytest.raises(RadladsError, match=r"R203.*lm_head.weight is missing.*not tied"):
+        detect(tied, config)
+    del config["tie_word_embeddings"]
+    found = detect(tied, config)
+    assert found.spec.tie_embeddings is True and "no lm_head is stored, so the embedding is the head" in "\n".join(found.notices)
+
+
+KINDS = {(system.kind, system.ln_x, system.family): system for system in SYSTEMS}
+
+
+@pytest.mark.parametrize("system", [system.small() for system in KINDS.values()], ids=lambda system: system.name)
+def test_one_tensor_at_fault_is_the_one_that_is_named(system: System) -> None:
+    """Lost, empty or a number larger along an axis: the spec stays what it was, against which that very tensor is held."""
+    shapes, config = system.shapes(), system.config()
+    spec = detect(shapes, config).spec
+    for name, shape in shapes.items():
+        lost = {key: value for key, value in shapes.items() if key != name}
+        grown = [(*shape[:axis], shape[axis] + 1, *shape[axis + 1 :]) for axis in range(len(shape))]
+        for changed in (lost, *({**shapes, name: other} for other in ((), *grown))):
+            try:
+                assert detect(changed, config).spec == spec, name
+            except RadladsError as error:  # the frame, which every size is read from
+                sizes = ("hidden_size", "vocab_size", "intermediate_size")
+                assert error.code in ("R203", "R204") and any(word in error.why for word in (name, *sizes)), error
+                assert name.startswith(("model.embed_tokens", "lm_head", "model.layers.0.mlp.gate_proj")), error
 
 
 def test_records_of_the_training_code_are_left_out() -> None:
@@ -136,7 +161,8 @@ def test_tensors_alone_do_not_suffice() -> None:
     with pytest.raises(RadladsError, match=r"R203.*layer 3"):
         detect(partial, QRWKV7_7B.config())
     with pytest.raises(RadladsError, match=r"R203.*q_proj"):
-        detect({**QRWKV7_7B.shapes(), "model.layers.0.self_attn.q_proj.weight": ()}, QRWKV7_7B.config())
+        shapes = {name: () if name.endswith("q_proj.weight") else shape for name, shape in QRWKV7_7B.shapes().items()}
+        detect(shapes, QRWKV7_7B.config())
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
