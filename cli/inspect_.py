@@ -1,5 +1,6 @@
 """`radlads inspect`: what a model of any format holds, from its headers alone, or how two differ. No code of it is run."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -119,7 +120,7 @@ def _result(source: "Source", tensors: bool, difference: dict[str, Any] | None) 
     dimensions = spec.to_dict()
     mixers, mixer_options = dimensions.pop("mixers"), dimensions.pop("mixer")
     manifest = source.manifest or {}
-    teacher = manifest.get("teacher")
+    teacher = manifest.get("teacher") or source.teacher
     rows = [TensorRow(row.name, row.dtype, list(row.shape), row.file) for row in source.stored] if tensors else []
     return InspectResult(
         path=str(source.path),
@@ -137,13 +138,21 @@ def _result(source: "Source", tensors: bool, difference: dict[str, Any] | None) 
         mixer_options=mixer_options if spec.recurrent else {},
         state_bytes=spec.state_bytes(),
         cache_bytes_per_token=2 * (4 if source.dtype == "F32" else 2) * spec.Ckv * len(spec.kept_layers),
-        teacher=teacher.get("name") if isinstance(teacher, dict) else None,
+        teacher=_teacher(teacher) if isinstance(teacher, Mapping) else None,
         history=_list(manifest.get("history")),
         files=_sizes(source.path),
         notices=list(source.notices),
         tensors=rows,
         diff=difference,
     )
+
+
+def _teacher(record: Mapping[str, Any]) -> str | None:
+    """Where it can be had, or its name; and its revision, where that is known."""
+    from radlads.errors import printable
+
+    name, revision = record.get("repository") or record.get("name"), record.get("revision")
+    return printable(f"{name} at {revision}" if revision else str(name), 200) if name else None
 
 
 def _plain_difference(found: "Difference", other: str) -> dict[str, Any]:

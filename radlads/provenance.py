@@ -5,6 +5,7 @@ head of the model card. Nothing is looked up.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from radlads.folder import CONFIG, ModelFolder, inherited
 
 CARD = "README.md"
 CARD_LIMIT = 2**20
+REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "COPYING")
@@ -25,14 +27,31 @@ LICENSE_TEXTS = {"Apache License": "apache-2.0", "MIT License": "mit"}
 
 def teacher_record(teacher: ModelFolder) -> dict[str, Any]:
     """Name, repository and revision where known, family, licence, and hashes of all files that a student takes over."""
-    paths = sorted({teacher.path / CONFIG, *(entry.path for entry in teacher.weights.values()), *inherited(teacher)})
-    return {
-        "name": teacher.path.resolve().name,
-        **hub_origin(teacher.path),
-        "family": teacher.spec.family,
-        "license": license_of(teacher.path, teacher.manifest),
-        "files": {path.name: sha256(path) for path in paths},
-    }
+    paths = {teacher.path / CONFIG, *(entry.path for entry in teacher.weights.values()), *inherited(teacher)}
+    return {**described(teacher.path, teacher.spec.family, teacher.manifest), "files": hashed(paths)}
+
+
+def named_teacher(folder: Path, family: str, taken: Iterable[Path]) -> dict[str, Any]:
+    """The same of a folder that was named as the teacher's of a model that others made; `taken` are the files taken from it."""
+    return {**described(folder, family, None), "files": hashed({folder / CONFIG, *taken})}
+
+
+def stated_teacher(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher that the config of a published model names as its `base_model`; empty where it names none."""
+    name = config.get("base_model")
+    known = isinstance(name, str) and REPOSITORY.fullmatch(name)
+    return {"name": str(name).rpartition("/")[2], "repository": name} if known else {}
+
+
+def described(path: Path, family: str, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """Name, repository, revision, family and licence of a teacher's folder, as far as it tells."""
+    terms = license_of(path, manifest)
+    return {"name": path.resolve().name, **hub_origin(path), "family": family, "license": terms}
+
+
+def hashed(paths: Iterable[Path]) -> dict[str, str]:
+    """{name: SHA-256} of files."""
+    return {path.name: sha256(path) for path in sorted(paths)}
 
 
 def hub_origin(path: Path) -> dict[str, str]:

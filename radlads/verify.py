@@ -100,11 +100,16 @@ def check_provenance(folder: ModelFolder) -> Check:
     if folder.spec.recurrent is not None and not known and not converted:
         faults.append("the teacher and its files are not recorded")
     if not isinstance(teacher, dict):
-        return judged("provenance", faults, f"{len(events)} steps, no teacher")
+        return judged("provenance", faults, f"{counted(events)}, no teacher on record")
     origin = teacher.get("repository", teacher.get("name"))
     terms = carried_license(dict(manifest)).get("license", "licence unknown")
-    seen = f"{len(events)} steps from {origin} at {teacher.get('revision', 'no known revision')}, {terms}"
+    seen = f"{counted(events)} from {origin} at {teacher.get('revision', 'no known revision')}, {terms}"
     return judged("provenance", faults, seen)
+
+
+def counted(events: Sequence[object]) -> str:
+    """ "1 step", "3 steps"."""
+    return f"{len(events)} step{'' if len(events) == 1 else 's'}"
 
 
 def check_model_code(folder: ModelFolder) -> Check:

@@ -50,10 +50,10 @@ def head(folder: ModelFolder, teacher: Mapping[str, Any], terms: Mapping[str, st
     library = "mlx" if folder.quantised else "transformers"
     known: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     known |= {"license": "unknown", **terms}
-    if isinstance(teacher.get("repository"), str):
-        known |= {"base_model": teacher["repository"], "base_model_relation": "finetune"}
-    elif converted := converted_from(folder.manifest or {}):
+    if converted := converted_from(folder.manifest or {}):
         known["base_model"] = converted
+    elif isinstance(teacher.get("repository"), str):
+        known |= {"base_model": teacher["repository"], "base_model_relation": "finetune"}
     recurrent = folder.spec.recurrent
     known["tags"] = ["radlads", *(["rwkv", "linear-attention", "distillation", recurrent] if recurrent else [])]
     return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=True)}---\n"
@@ -74,7 +74,7 @@ def summary(folder: ModelFolder, teacher: Mapping[str, Any]) -> str:
     kept = ", ".join(map(str, spec.kept_layers))
     layers = f"all layers but {kept}, which keep softmax attention" if kept else "all layers"
     memory = f"The recurrent layers take {spec.state_bytes():,} bytes of state for a sequence of any length."
-    name = inline(str(teacher.get("repository", teacher.get("name", "its teacher"))))
+    name = inline(str(teacher.get("repository", teacher.get("name", f"A {spec.family} language model"))))
     return f"{name} with its softmax attention replaced by {spec.recurrent} in {layers}; {size}. {memory}\n"
 
 
@@ -112,10 +112,15 @@ def history(manifest: Mapping[str, Any]) -> list[str]:
     """The steps of the manifest's history."""
     lines = []
     for event in rows(manifest.get("history")):
-        data = ", ".join(str(part.get("sha256"))[:12] for part in rows(event.get("data")))
+        source = table(event.get("source"))
+        hashes = [part.get("sha256") for part in rows(event.get("data"))] or [*table(source.get("sha256")).values()]
+        data = ", ".join(str(digest)[:12] for digest in hashes[:8]) + (f" and {len(hashes) - 8} more" if len(hashes) > 8 else "")
         what = KINDS.get(str(event.get("kind")), str(event.get("kind")))
+        if source:
+            revision = f" at {source['revision']}" if source.get("revision") else ""
+            what += f" of {source.get('repository', source.get('name'))}{revision} from {event.get('from')} to {event.get('to')}"
         lines.append((event.get("stage", ""), what, number(event.get("tokens")), event.get("recipe", ""), data))
-    return [markdown(("stage", "what", "tokens", "recipe", "data (SHA-256)"), lines)] if lines else []
+    return [markdown(("stage", "what", "tokens", "recipe", "inputs (SHA-256)"), lines)] if lines else []
 
 
 def origin(teacher: Mapping[str, Any]) -> list[str]:
@@ -123,11 +128,9 @@ def origin(teacher: Mapping[str, Any]) -> list[str]:
     if not teacher:
         return []
     where = inline(str(teacher.get("repository", teacher.get("name"))))
+    told = f"Teacher: {where}, revision {inline(str(teacher.get('revision', 'not known')))}.\n"
     lines = [(inline(name), str(digest)) for name, digest in table(teacher.get("files")).items()]
-    return [
-        f"Teacher: {where}, revision {inline(str(teacher.get('revision', 'not known')))}.\n",
-        markdown(("file", "SHA-256"), lines),
-    ]
+    return [told, markdown(("file", "SHA-256"), lines)] if lines else [told]
 
 
 def checks(verdict: Mapping[str, Any] | None) -> list[str]:

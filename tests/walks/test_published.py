@@ -15,12 +15,14 @@ from radlads.backends.torch.objectives import objective
 from radlads.backends.torch.optim import Optimizer, trainable
 from radlads.errors import RadladsError
 from radlads.families.published import detect
+from radlads.files import sha256
 from radlads.folder import ModelFolder, open_folder
 from radlads.recipe import Stage
 from radlads.sampling import Sampling
 from radlads.session import Session
 from radlads.tensors import read_raw
 from radlads.tokenizer import Tokenizer
+from radlads.verify import check_provenance, check_tokenizer
 from radlads.weights_tools.convert import convert
 from radlads.weights_tools.formats.format import Reading, Writing
 from tests.models import CHAT_TEMPLATE, tiny_tokenizer
@@ -95,6 +97,9 @@ def test_its_layout_is_written_as_it_came(case: Case, tmp_path: Path) -> None:
         place = convert(place, tmp_path / target, target, say=said.append).path
     convert(place, tmp_path / "back", "hf", writing=Writing(layout=layout), say=said.append)
     back = open_folder(tmp_path / "back")
+    stated = system.config().get("base_model", "")
+    known = {"name": stated.rpartition("/")[2], "repository": stated} if stated else None
+    assert back.manifest is not None and back.manifest.get("teacher") == known
     assert back.spec == folder.spec and back.config["model_type"] == layout and "auto_map" in back.config
     assert not list(back.path.glob("*_radlads.py")) and any(f"modeling_{layout}.py" in line for line in said)
     for name, entry in folder.weights.items():
@@ -113,17 +118,29 @@ def test_a_raw_pth_with_its_teachers_config_is_the_same_model(system: System, tm
     names = dict(zip(weights, map(openmose, weights), strict=True)) if small.hxa else {name: name for name in weights}
     path = tmp_path / "L3-D64-qwen2-3.pth"
     torch.save({names[name]: value for name, value in weights.items()}, path)
-    (tmp_path / "teacher").mkdir()
+    teacher = tmp_path / "models--them--Teacher" / "snapshots" / ("c" * 40)
+    teacher.mkdir(parents=True)
+    (teacher / "tokenizer.json").write_text(tiny_tokenizer(300))
+    (teacher / "LICENSE").write_text("Apache License, Version 2.0")
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
             "vocab_size", "rms_norm_eps", "rope_theta")  # fmt: skip
     sizes = {key: value for key, value in small.config().items() if key in keys}
-    (tmp_path / "teacher" / "config.json").write_text(json.dumps({**sizes, "model_type": small.family}))
+    (teacher / "config.json").write_text(json.dumps({**sizes, "model_type": small.family}))
     said: list[str] = []
-    reading = Reading(config=str(tmp_path / "teacher"))
+    reading = Reading(config=str(teacher))
     convert(path, tmp_path / "folder", "hf", reading=reading, say=said.append)
     folder = open_folder(tmp_path / "folder")
     assert folder.spec.recurrent == small.kind and folder.spec.kept_layers == small.kept and folder.stage == 2
     assert any("ranks from shapes" in line for line in said)
+    assert folder.manifest is not None and folder.manifest["teacher"] == {
+        "name": "Teacher",
+        "repository": "them/Teacher",
+        "revision": "c" * 40,
+        "family": small.family,
+        "license": {"license": "apache-2.0"},
+        "files": {name: sha256(teacher / name) for name in ("config.json", "tokenizer.json")},
+    }
+    assert check_provenance(folder).status == "passed" and check_tokenizer(folder, Tokenizer(folder.path)).status == "passed"
     arrays = {name: value.float().numpy() for name, value in weights.items()}
     found = load_model(folder, dtype="float32")(torch.from_numpy(TOKENS)[None])[0][0].numpy()
     assert relative(found, reference_logits(small, arrays, TOKENS)) <= 1e-5

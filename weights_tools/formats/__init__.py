@@ -3,10 +3,13 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from radlads.errors import fail
+from radlads.families import FAMILIES
 from radlads.files import open_regular
 from radlads.folder import CONFIG
+from radlads.provenance import named_teacher, stated_teacher
 from radlads.quantised import KEYS
 from radlads.tensors import INDEX, SINGLE
 from radlads.weights_tools.formats import gguf, hf, mlx, pth
@@ -52,6 +55,8 @@ def open_source(path: Path | str, reading: Reading | None = None) -> Source:
     reading = reading or Reading()
     name, place = recognise(Path(path))
     source = FORMATS[name].read(place, reading)
+    if source.spec.recurrent is not None and "teacher" not in (source.manifest or {}):
+        source = replace(source, teacher=teacher_of(source, reading.config))
     if source.spec.recurrent is not None and source.manifest is None:
         stage, notice = stage_by_name(place) if reading.stage is None else (reading.stage, f"stage {reading.stage}: as asked")
         return replace(source, told_stage=stage, notices=(*source.notices, notice))
@@ -59,6 +64,15 @@ def open_source(path: Path | str, reading: Reading | None = None) -> Source:
         why = "the model's own record says it" if source.spec.recurrent else "a teacher has none"
         raise fail("R101", where="--stage", why=why, fix="Leave it out")
     return source
+
+
+def teacher_of(source: Source, config: str | None) -> dict[str, Any]:
+    """What is known of the teacher of a student that others made: the folder whose config was named, or what a config says."""
+    folder = Path(config) if config else None
+    if folder is None or not folder.is_dir() or source.config.get("model_type") not in FAMILIES:
+        return stated_teacher(source.config)
+    taken = [file for file in source.files.values() if isinstance(file, Path) and file.parent == folder]
+    return named_teacher(folder, source.spec.family, taken)
 
 
 def stage_by_name(path: Path) -> tuple[int | None, str]:

@@ -74,6 +74,7 @@ class Source:
     quantised: bool = False
     hashes: Callable[[], Mapping[str, str]] = dict  # SHA-256 of the inputs, once they are read to the end
     told_stage: int | None = None  # of a student without a manifest: what the user or its name says
+    teacher: Mapping[str, Any] = field(default_factory=dict)  # of a student of others: what its config says, or --config is
 
     @property
     def stage(self) -> int | None:
@@ -196,8 +197,9 @@ def record_of(source: Source, event: Mapping[str, Any], hashes: Mapping[str, str
     if source.notices:
         told["notices"] = list(source.notices)
     terms = {} if carried_license(old) else license_of(place, None)
-    new = {"schema": SCHEMA, "stage": stage, "history": [*old.get("history", []), told], **({"license": terms} if terms else {})}
-    return {**old, **new}
+    new = {"schema": SCHEMA, "stage": stage, "history": [*old.get("history", []), told]}
+    known = {"license": terms, "teacher": dict(source.teacher)}
+    return {**old, **{key: value for key, value in known.items() if value}, **new}
 
 
 def work_key(source: Source, writing: Writing, target: str, allow: bool) -> str:
@@ -205,7 +207,7 @@ def work_key(source: Source, writing: Writing, target: str, allow: bool) -> str:
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.inputs]
     small = {name: hashlib.sha256(content_of(content)).hexdigest() for name, content in source.files.items()}
     parts = [radlads.__version__, target, asdict(writing), allow, stats, small, source.spec.to_dict(), source.config]
-    parts += [str(source.path.resolve()), source.manifest, source.stage]
+    parts += [str(source.path.resolve()), source.manifest, source.stage, dict(source.teacher)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
