@@ -1,4 +1,5 @@
-"""`radlads inspect`: what a model of any format holds, from its headers alone, or how two differ. No code of it is run."""
+"""`radlads inspect`: what a model of any format or an adapter holds, from its headers alone, or how two models differ. No code of
+it is run."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from radlads.cli.options import arg, opt
 from radlads.cli.render import Table, progress, size
 
 if TYPE_CHECKING:
+    from radlads.cli.inspect_adapter import AdapterResult
     from radlads.weights_tools.diff import Difference
     from radlads.weights_tools.formats.format import Source
 
@@ -20,9 +22,9 @@ STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 class InspectOptions:
     """Which model, and how much of it."""
 
-    model: str = arg("Folder or file of the model: safetensors, MLX, .pth or .gguf.", metavar="MODEL", flag="--model")
+    model: str = arg("Folder or file: safetensors, MLX, .pth or .gguf; or an adapter's folder.", metavar="MODEL", flag="--model")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7 model, which files do not say.")
-    config: str | None = opt(None, "Folder or config.json to read instead of the model's.", metavar="PATH")
+    config: str | None = opt(None, "Folder or config.json to read instead of the model's; an adapter's model.", metavar="PATH")
     stage: Literal["0", "1", "2", "3"] | None = opt(None, "Stage of a student whose files do not say.")
     tensors: bool = opt(False, "List every tensor.", "--tensors")
     diff: str | None = opt(None, "Another model: say how the two differ, values included.", metavar="OTHER")
@@ -70,6 +72,8 @@ class InspectResult:
         dims = self.dimensions
         student = self.architecture != "softmax"
         kind = f"student, {self.architecture}{_stage_name(self.stage)}" if student else "softmax attention"
+        flags = _flags(self.architecture, self.mixer_options, any(mixer == "softmax" for mixer in self.mixers))
+        ranks = ", ".join(f"{name.replace('_', ' ')} {width}" for name, width in dims["ranks"].items() if width)
         rows = [
             ("model", self.path),
             ("format", f"{self.format}: {self.layout}"),
@@ -80,6 +84,7 @@ class InspectResult:
             *((f"layers {first_last}", mixer) for first_last, mixer in _runs(self.mixers)),
         ]
         if student:
+            rows += [("mixer", flags), ("ranks", ranks)]
             rows.append(("state", f"{size(self.state_bytes)} for each sequence, at any length"))
         if self.cache_bytes_per_token:
             rows.append(("softmax cache", f"{size(self.cache_bytes_per_token)} for each token"))
@@ -99,12 +104,17 @@ class InspectResult:
         return blocks
 
 
-def inspect_model(options: InspectOptions) -> InspectResult:
+def inspect_model(options: InspectOptions) -> "InspectResult | AdapterResult":
     """Read config, manifest and weight headers; R201 to R205 when they do not hold together."""
+    from radlads.adapters import is_adapter
     from radlads.weights_tools.diff import compare
     from radlads.weights_tools.formats import open_source
     from radlads.weights_tools.formats.format import Reading
 
+    if is_adapter(options.model):
+        from radlads.cli.inspect_adapter import inspect_adapter
+
+        return inspect_adapter(options)
     stage = None if options.stage is None else int(options.stage)
     source = open_source(options.model, Reading(options.config, options.variant, stage))
     difference = None
@@ -140,7 +150,7 @@ def _result(source: "Source", tensors: bool, difference: dict[str, Any] | None) 
         cache_bytes_per_token=2 * (4 if source.dtype == "F32" else 2) * spec.Ckv * len(spec.kept_layers),
         teacher=_teacher(teacher) if isinstance(teacher, Mapping) else None,
         history=_list(manifest.get("history")),
-        files=_sizes(source.path),
+        files=file_sizes(source.path),
         notices=list(source.notices),
         tensors=rows,
         diff=difference,
@@ -188,7 +198,8 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _sizes(place: Path) -> dict[str, int]:
+def file_sizes(place: Path) -> dict[str, int]:
+    """{name: bytes} of the files of a folder, or of one file; names that may be printed."""
     from radlads.errors import printable
 
     found = sorted(place.iterdir()) if place.is_dir() else [place]
@@ -205,6 +216,25 @@ def _runs(mixers: list[str]) -> list[tuple[str, str]]:
     return runs
 
 
+def _flags(architecture: str, options: dict[str, Any], hybrid: bool) -> str:
+    """The flags that the model's mixers read, for people."""
+    from radlads.mixers import MIXERS
+
+    if not options:
+        return ""
+    words = {
+        "variant": f"variant {options['variant']}",
+        "gate": {"full": "full gate", "lowrank": "low-rank gate", "none": "no gate"}[options["gate"]],
+        "rope": "RoPE" if options["rope"] else "no RoPE",
+        "token_shift": "token shift" if options["token_shift"] else "no token shift",
+        "balance": "balanced keys" if options["balance"] else "keys not balanced",
+        "groupnorm": "GroupNorm" if options["groupnorm"] else "no GroupNorm",
+        "clamp": "log-decay not clamped" if options["clamp"] is None else f"log-decay clamped at {options['clamp']:g}",
+    }
+    told = [text for name, text in words.items() if name in MIXERS[architecture].flags]
+    return ", ".join([*told, f"softmax layers with{'' if options['kept_rope'] else 'out'} RoPE"] if hybrid else told)
+
+
 def _stage_name(stage: int | None) -> str:
     if stage is None:
         return ""
@@ -217,4 +247,11 @@ def _event(event: object) -> str:
 
     if not isinstance(event, dict):
         return printable(str(event), 200)
-    return printable(", ".join(f"{key} {value}" for key, value in event.items()), 200)
+    return printable(", ".join(f"{key} {_short(value)}" for key, value in event.items()), 200)
+
+
+def _short(value: object) -> object:
+    """A table by the name in it, a list by its length; anything else as it is."""
+    if isinstance(value, dict):
+        return value.get("repository") or value.get("name") or f"of {len(value)} entries"
+    return f"({len(value)})" if isinstance(value, list) else value

@@ -159,13 +159,8 @@ def open_adapter(path: str | Path, folder: ModelFolder) -> Adapter:
     R205 for what it cannot express, R207 for values that are not finite, R304 where its content is not what it was.
     """
     path = Path(path)
-    if not path.is_dir():
-        why = "it is no folder" if path.exists() else "there is no such folder"
-        raise fail("R201", where=path, why=why, fix=f"Give the folder that holds {CONFIG}")
-    config = read_json(contained(path, CONFIG))
-    if not isinstance(config, dict):
-        raise fail("R204", where=path / CONFIG, why="it holds no table", fix="Get the adapter again")
-    adapter = read_peft(path, config) if "peft_type" in config else read_mlx(path, config)
+    config = read_config(path)
+    adapter = stored_adapter(path, config)
     check_fit(adapter, folder)
     bad = [name for name, entry in adapter.entries.items() if not is_finite(entry)]
     if bad:
@@ -176,6 +171,22 @@ def open_adapter(path: str | Path, folder: ModelFolder) -> Adapter:
         why = "it is damaged: its tensors do not match the hash in its config"
         raise fail("R304", where=path, why=why, fix="Restore it from a copy, or train it again")
     return adapter
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of an adapter's folder. Raises R201, R204."""
+    if not path.is_dir():
+        why = "it is no folder" if path.exists() else "there is no such folder"
+        raise fail("R201", where=path, why=why, fix=f"Give the folder that holds {CONFIG}")
+    config = read_json(contained(path, CONFIG))
+    if not isinstance(config, dict):
+        raise fail("R204", where=path / CONFIG, why="it holds no table", fix="Get the adapter again")
+    return config
+
+
+def stored_adapter(path: Path, config: Mapping[str, Any]) -> Adapter:
+    """An adapter by its config and the header of its tensors alone, which may fit no model. Raises R201, R202, R204, R205."""
+    return read_peft(path, config) if "peft_type" in config else read_mlx(path, config)
 
 
 def read_mlx(path: Path, config: Mapping[str, Any]) -> Adapter:
@@ -274,8 +285,8 @@ def is_adapter(path: str | Path) -> bool:
 
 def base_of(path: str | Path) -> str | None:
     """The model that an adapter's config names."""
-    config = read_json(contained(Path(path), CONFIG))
-    found = [config.get(key) for key in ("model", "base_model_name_or_path")] if isinstance(config, dict) else []
+    config = read_config(Path(path))
+    found = [config.get(key) for key in ("model", "base_model_name_or_path")]
     return next((name for name in found if isinstance(name, str) and name), None)
 
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "radlads.json"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 VERDICT = "verify.json"  # what `radlads verify` found; true of this folder alone
 SCHEMA = 1
 SHARD_BYTES = 5_000_000_000
@@ -156,6 +157,9 @@ def check_folder(path: Path, weights: bool = True) -> None:
     """R201 unless it is a folder, and not of another format: then with the conversion to do first (config alone is enough
     if no `weights` are wanted)."""
     if path.is_dir():
+        if (path / ADAPTER).is_file() and not (path / CONFIG).exists():
+            fix = "Give the folder of its model, and this one with --adapter-path; or look at it with `radlads inspect`"
+            raise fail("R201", where=path, why="it holds an adapter, no model", fix=fix)
         if (weights or not (path / CONFIG).exists()) and (other := other_weights(path)):
             raise unconverted(path, f"its weights are {other}")
     elif path.is_file() and path.suffix in OTHER_SUFFIXES:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from radlads.adapters import Settings, first_values, write_adapter
 from radlads.folder import open_folder
 from radlads.spec import ModelSpec
 from radlads.weights_tools.surgery import make_student
@@ -28,6 +29,7 @@ def test_json_of_a_student_agrees_with_its_spec(radlads, student):
 def test_overview_for_people(radlads, student, teacher):
     page = radlads("inspect", student).out
     assert all(text in page for text in ("stage 0 (untrained)", "layers 0 ", "rwkv7", "at any length")) and "embed" not in page
+    assert "variant C, low-rank gate, RoPE, no GroupNorm, softmax layers with RoPE" in page and "decay 32, iclr 32" in page
     page = radlads("inspect", teacher, "--tensors").out
     assert "softmax attention" in page and "model.embed_tokens.weight" in page
 
@@ -70,3 +72,25 @@ def test_settings_and_tensors_that_only_one_has_are_told(radlads, student, teach
     found = json.loads(radlads("inspect", teacher, "--diff", student, "--json").out)["diff"]
     assert "model.layers.1.self_attn.w0" in found["only_right"] and found["only_left"] == []
     assert ["mixers", ["softmax", "softmax"], ["softmax", "rwkv7"]] in found["settings"]
+
+
+@pytest.mark.parametrize("to", ["mlx", "hf"])
+def test_an_adapter_is_shown_and_held_against_its_model(radlads, student, teacher, tmp_path, to):
+    folder, lora = open_folder(student), Settings(layers=1, rank=4, keys=("self_attn.q_proj", "mlp.up_proj"))
+    (tmp_path / "new").mkdir()
+    told = {"fingerprint": None, "dtype": "F32", "model": str(student), "num_layers": 1}
+    write_adapter(tmp_path / "new", first_values(folder.spec, lora, 0), lora, folder.spec, **told)
+    assert radlads("convert", tmp_path / "new", "--to", to, "--output-dir", tmp_path / "a").status == 0
+    page = radlads("inspect", tmp_path / "a").out
+    assert all(text in page for text in ("4, scale 20, dropout 0", "1 layer ", "self_attn.q_proj, mlp.up_proj", "which it fits", "lora"))
+    found = json.loads(radlads("inspect", tmp_path / "a", "--json", "--tensors").out)
+    assert found["format"] == {"mlx": "mlx-lm", "hf": "peft"}[to] and found["fits"] is True and len(found["tensors"]) == 4
+    assert found["parameters"] == sum(shape[0] * shape[1] for shape in (row["shape"] for row in found["tensors"]))
+    other = json.loads(radlads("inspect", tmp_path / "a", "--config", tmp_path / "gone", "--json").out)
+    assert other["fits"] is None and "was not checked" in other["notices"][0]
+    make_student(open_folder(teacher), tmp_path / "hxa", arch="hxa07a", options={})
+    other = json.loads(radlads("inspect", tmp_path / "a", "--config", tmp_path / "hxa", "--json").out)
+    assert other["fits"] is False and "q_proj.lora_a is unknown to the model" in other["notices"][0]
+    for command in (["verify"], ["chat"], ["generate", "-p", "x"]):
+        outcome = radlads(command[0], tmp_path / "a", *command[1:])
+        assert outcome.status == 2 and "it holds an adapter, no model. Give the folder of its model" in outcome.err
