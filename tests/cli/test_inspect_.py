@@ -78,11 +78,12 @@ def test_settings_and_tensors_that_only_one_has_are_told(radlads, student, teach
 def test_an_adapter_is_shown_and_held_against_its_model(radlads, student, teacher, tmp_path, to):
     folder, lora = open_folder(student), Settings(layers=1, rank=4, keys=("self_attn.q_proj", "mlp.up_proj"))
     (tmp_path / "new").mkdir()
-    told = {"fingerprint": None, "dtype": "F32", "model": str(student), "num_layers": 1}
-    write_adapter(tmp_path / "new", first_values(folder.spec, lora, 0), lora, folder.spec, **told)
+    about = {"fingerprint": None, "dtype": "F32", "model": str(student), "num_layers": 1}
+    write_adapter(tmp_path / "new", first_values(folder.spec, lora, 0), lora, folder.spec, **about)
     assert radlads("convert", tmp_path / "new", "--to", to, "--output-dir", tmp_path / "a").status == 0
     page = radlads("inspect", tmp_path / "a").out
-    assert all(text in page for text in ("4, scale 20, dropout 0", "1 layer ", "self_attn.q_proj, mlp.up_proj", "which it fits", "lora"))
+    told = ("4, scale 20, dropout 0", "1 layer ", "self_attn.q_proj, mlp.up_proj", "which it fits", "lora")
+    assert all(text in page for text in told)
     found = json.loads(radlads("inspect", tmp_path / "a", "--json", "--tensors").out)
     assert found["format"] == {"mlx": "mlx-lm", "hf": "peft"}[to] and found["fits"] is True and len(found["tensors"]) == 4
     assert found["parameters"] == sum(shape[0] * shape[1] for shape in (row["shape"] for row in found["tensors"]))

@@ -21,15 +21,16 @@ from tests.models import tiny_teacher
 ROOT = Path(__file__).parents[2]
 FILES = {"safetensors": safetensors_cases.BAD, "gguf": gguf_cases.BAD, "pth": pth_cases.BAD}
 
-# Reads every bad file with 300 MB to spare, and prints [format, name, processor seconds, code, message] of each.
+# Reads every bad file with 300 MB to spare, and prints [format, name, calls of functions, code, message, file unchanged] of each.
 READ_ALL = """
-import json, resource, sys, time
+import json, resource, sys
 from pathlib import Path
 from radlads.errors import RadladsError
 from radlads.tensors import read_header
 from radlads.weights_tools.formats.gguf_file import read_gguf
 from radlads.weights_tools.formats import pth_file, pth_pickle
 from tests.hostile.test_catalogue import FILES
+from tests.work import calls
 readers = {"safetensors": read_header, "gguf": read_gguf, "pth": pth_file.read_pth}
 pth_file.ask_child = lambda path, file: pth_pickle.answer(file)  # a hundred processes take a minute to start
 path = Path(sys.argv[1]) / "file"
@@ -39,14 +40,16 @@ resource.setrlimit(resource.RLIMIT_AS, (here + 300_000_000, here + 300_000_000))
 for format, cases in FILES.items():
     for name, (data, _) in cases.items():
         path.write_bytes(data)
-        start, code, message = time.process_time(), None, "accepted"
-        try:
-            readers[format](path)
-        except RadladsError as error:
-            code, message = error.code, str(error)
-        except BaseException as error:
-            message = repr(error)
-        print(json.dumps([format, name, time.process_time() - start, code, message, path.read_bytes() == data]))
+        code, message = None, "accepted"
+        def read():
+            global code, message
+            try:
+                readers[format](path)
+            except RadladsError as error:
+                code, message = error.code, str(error)
+            except BaseException as error:
+                message = repr(error)
+        print(json.dumps([format, name, calls(read), code, message, path.read_bytes() == data]), flush=True)
 """
 
 
@@ -54,6 +57,7 @@ def test_the_catalogue_is_large_enough() -> None:
     assert sum(map(len, (*FILES.values(), SETS, CONFIGS))) >= 300
 
 
+WORK = 10_000  # calls to refuse a file of any size, a hundredth of a second
 IN_A_CHILD = ("big-endian", "pickle of 20 MB", "os.system", "tuples 60 deep, doubled each time", "shape past the end")
 
 
@@ -92,7 +96,7 @@ def test_child_process_can_open_and_start_nothing(deed: str, tmp_path: Path, mon
         read_pth(tmp_path / "x.pth")
 
 
-def test_every_bad_file_is_refused_within_5_seconds_and_300_megabytes(tmp_path: Path) -> None:
+def test_every_bad_file_is_refused_in_a_few_calls_and_300_megabytes(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", READ_ALL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )  # fmt: skip
@@ -103,7 +107,7 @@ def test_every_bad_file_is_refused_within_5_seconds_and_300_megabytes(tmp_path: 
         row
         for row in rows
         if (row[3], row[5]) != ("R202", True)
-        or row[2] > 5
+        or row[2] > WORK
         or FILES[row[0]][row[1]][1] not in row[4]
         or "\n" in row[4]
         or "\x1b" in row[4]
