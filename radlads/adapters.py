@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from radlads.errors import RadladsError, fail
 from radlads.files import new_folder, read_json, write_file
-from radlads.folder import ModelFolder, is_finite, to_json
+from radlads.folder import ADAPTER as CONFIG
+from radlads.folder import ModelFolder, check_ours, is_finite, to_json
 from radlads.spec import ModelSpec
 from radlads.states import model_fingerprint
 from radlads.tensors import FLOATS, Entry, contained, encode, listed, read_float32, read_header, write_weights
 
 SCHEMA = 1
-CONFIG, WEIGHTS, PEFT_WEIGHTS = "adapter_config.json", "adapters.safetensors", "adapter_model.safetensors"
+WEIGHTS, PEFT_WEIGHTS = "adapters.safetensors", "adapter_model.safetensors"
 KINDS = ("lora", "dora", "full", "state")
 # What peft calls the parts of an adapter, and puts in front of every name; its two matrices are the transposes of ours.
 PEFT_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -298,6 +299,8 @@ def rewrite_adapter(
     Raises as `open_adapter`, R101 for what peft has not, R401, R402.
     """
     adapter = open_adapter(path, folder)
+    if overwrite:
+        check_ours(Path(output), CONFIG)
     tensors, settings = adapter.tensors(), Settings(adapter.kind, folder.spec.L, adapter.rank, adapter.scale, adapter.dropout)
     with new_folder(output, overwrite=overwrite) as new:
         if target == "hf":

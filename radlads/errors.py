@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-# Exit status of the command line, by the first digit of the code.
-EXIT_STATUS = {"1": 2, "2": 2, "3": 2, "4": 1, "5": 3}
+# Exit status of the command line, by the code or its first digit. The place of an output is chosen by the user, as an input is.
+EXIT_STATUS = {"R401": 2, "1": 2, "2": 2, "3": 2, "4": 1, "5": 3}
 
 CODES = {
     "R101": "unknown option or value",
@@ -53,8 +53,8 @@ class RadladsError(Exception):
 
     @property
     def exit_status(self) -> int:
-        """Exit status of the command line: 2 for bad input, 1 for a failure, 3 for a gate that was not met."""
-        return EXIT_STATUS[self.code[1]]
+        """Exit status of the command line: 2 for usage and bad input, 1 for a failure, 3 for a gate that was not met."""
+        return EXIT_STATUS.get(self.code, EXIT_STATUS[self.code[1]])
 
 
 def fail(code: str, *, where: object, why: str, fix: str) -> RadladsError:

@@ -304,8 +304,15 @@ def check_target(final: Path, source: ModelFolder | None, overwrite: bool) -> No
         origin = Path(os.path.realpath(source.path))
         if target == origin or origin in target.parents or target in origin.parents:
             raise fail("R401", where=final, why=f"it is, holds or lies in the input {origin}", fix="Choose a folder elsewhere")
-    if overwrite and target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        why = f"it holds no {MANIFEST}, so it is not replaced"
+    if overwrite:
+        check_ours(final)
+
+
+def check_ours(final: Path, mark: str = MANIFEST) -> None:
+    """R401 for a folder that may not be overwritten, because no file `mark` says that we wrote it."""
+    target = Path(os.path.realpath(final))
+    if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
+        why = f"it holds no {mark}, so it is not replaced"
         raise fail("R401", where=final, why=why, fix="Choose another folder, or remove it yourself")
 
 

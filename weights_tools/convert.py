@@ -7,7 +7,7 @@ from pathlib import Path
 
 from radlads.errors import fail
 from radlads.files import read_json
-from radlads.folder import MANIFEST
+from radlads.folder import MANIFEST, check_ours
 from radlads.weights_tools.formats import FORMATS, open_source
 from radlads.weights_tools.formats.format import Output, Reading, Source, Writing, checked, work_key
 from radlads.weights_tools.inputs import InputHashes
@@ -15,6 +15,7 @@ from radlads.weights_tools.output import Report, clear, write_output
 
 log = logging.getLogger(__name__)
 FILE_SUFFIXES = {"pth": ".pth", "gguf": ".gguf"}
+FORMAT_OF = {suffix: name for name, suffix in FILE_SUFFIXES.items()}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ def convert(
     NaN or infinity, R401 and R402 for the output.
     """
     final = Path(output)
+    if final.suffix in FORMAT_OF and FORMAT_OF[final.suffix] != target:
+        fix = f"Pass --to {FORMAT_OF[final.suffix]}, or choose a name without {final.suffix}"
+        raise fail("R101", where=final, why=f"it has the name of a file, and {target} would make it a folder", fix=fix)
     writing = replace(writing or Writing(), single=final.suffix == FILE_SUFFIXES.get(target))
     if writing.bits is not None and target != "mlx":
         raise fail("R101", where="--quantize", why=f"{target} is written in floats here", fix="Quantise with --to mlx")
@@ -68,6 +72,8 @@ def write(
 ) -> Conversion:
     """Write `source` as `plan` lays it out, unless that very output stands under `final` already. Raises as `convert`."""
     check_apart(source, final)
+    if overwrite:
+        check_ours(final)
     key = work_key(source, writing, target, allow_nonfinite)
     inputs = InputHashes(source.inputs)
     guarded = replace(source, tensors=checked(source, source.tensors, allow_nonfinite, say), hashes=inputs.result)

@@ -21,7 +21,7 @@ def test_to_mlx_and_back_prints_one_document(radlads, teacher, tmp_path):
     again = radlads("convert", tmp_path / "q", "--to", "hf", "--dtype", "bfloat16", "--output-dir", tmp_path / "back")
     assert again.status == 0 and "nothing was done" in again.out
     other = radlads("convert", tmp_path / "q", "--to", "hf", "--output-dir", tmp_path / "back")
-    assert other.status == 1 and "R401" in other.err
+    assert other.status == 2 and "R401" in other.err
     assert radlads("convert", tmp_path / "q", "--to", "hf", "--output-dir", tmp_path / "back", "--overwrite").status == 0
 
 

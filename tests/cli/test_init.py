@@ -68,7 +68,7 @@ def test_bad_choice_writes_nothing(radlads, quick, teacher, tmp_path, words, cod
 def test_existing_output_is_replaced_only_when_asked(radlads, quick, teacher, tmp_path):
     out = tmp_path / "student"
     assert radlads("init", teacher, "--output-dir", out).status == 0
-    assert radlads("init", teacher, "--output-dir", out).status == 1
+    assert radlads("init", teacher, "--output-dir", out).status == 2
     assert radlads("init", teacher, "--output-dir", out, "--overwrite").status == 0
     assert radlads("init", out, "--output-dir", tmp_path / "again").status == 2  # a student is no teacher
 

@@ -26,7 +26,7 @@ def test_cp_keeps_every_byte_and_replaces_nothing_unasked(radlads, tmp_path):
     assert target.read_bytes() == find_recipe("tiny").read_bytes()
     target.write_text("mine")
     refused = radlads("recipes", "cp", "tiny", target)
-    assert refused.status == 1 and "R401" in refused.err and target.read_text() == "mine"
+    assert refused.status == 2 and "R401" in refused.err and target.read_text() == "mine"
     assert radlads("recipes", "cp", "tiny", target, "--overwrite").status == 0 and target.read_text() != "mine"
     assert radlads("recipes", "cp", "tiny", tmp_path).status == 0 and (tmp_path / "tiny.yaml").is_file()
 

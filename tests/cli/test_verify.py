@@ -70,6 +70,13 @@ def test_a_sound_folder_passes_on_every_backend(radlads, student, tmp_path):
     assert verdict["passed"] and verdict["manifest"] == verify.sha256(student / "radlads.json")
 
 
+def test_a_folder_with_which_nothing_was_computed_is_not_verified(radlads, student, monkeypatch):
+    monkeypatch.setattr("radlads.backends.available_backends", list)
+    outcome = radlads("verify", student)
+    assert outcome.status == 3 and "no backend" in outcome.out and radlads("card", student).status == 0
+    assert "its last verification failed" in radlads("push", student, "me/x", "--dry-run").err
+
+
 def flip(name: str, place: int) -> Callable[[Path], object]:
     """Turn one bit of a file; `place` counts from the end if negative."""
 
@@ -266,7 +273,7 @@ def test_the_card_says_where_the_model_comes_from(radlads, student):
 
 def test_the_card_of_somebody_else_is_not_lost(radlads, student):
     (student / "README.md").write_text("# Mine\n")
-    assert radlads("card", student).status == 1 and (student / "README.md").read_text() == "# Mine\n"
+    assert radlads("card", student).status == 2 and (student / "README.md").read_text() == "# Mine\n"
     assert radlads("card", student, "--overwrite").status == 0 and radlads("card", student).status == 0
 
 

@@ -14,7 +14,7 @@ import torch
 from radlads.errors import RadladsError
 from radlads.files import sha256
 from radlads.folder import open_folder
-from radlads.tensors import read_header, read_raw
+from radlads.tensors import encode, read_header, read_raw
 from radlads.weights_tools.convert import convert
 from radlads.weights_tools.formats import FORMATS, gguf_rules, gguf_tokenizer, gguf_writer, open_source, pth, recognise
 from radlads.weights_tools.formats.format import Reading, Writing
@@ -201,6 +201,27 @@ def test_nonfinite_weights_are_refused_by_name_but_not_where_no_model_reads_them
     assert caught.value.code == "R207" and not [path for path in tmp_path.iterdir() if "refused" in path.name]
 
 
+def test_tensors_of_one_value_are_told(tmp_path: Path) -> None:
+    source, said = tiny_teacher(tmp_path / "teacher", dtype="BF16"), []
+    dead = {"model.layers.0.self_attn.o_proj.weight": 0.0, "lm_head.weight": 0.5, "model.layers.1.input_layernorm.weight": 0.0}
+
+    def change(stored: dict[str, Any]) -> None:
+        for name, value in dead.items():
+            stored[name][1].fill(encode(np.array([value], np.float32), "BF16")[0])
+        stored["model.layers.1.self_attn.o_proj.weight"][1][:-1] = 0  # all but the last row
+
+    rewrite(source, change)
+    convert(source, tmp_path / "out", "mlx", writing=Writing(bits=8, group_size=32), say=said.append)
+    told = [line for line in said if "throughout" in line]
+    assert sorted(told) == sorted(f"{name} holds one value throughout: {value:g}" for name, value in dead.items())
+
+
+def named(path: Path, data: bytes) -> Path:
+    """A file of another kind than its name says."""
+    path.write_bytes(data)
+    return path
+
+
 def two_files(path: Path) -> Path:
     """A folder with two files that could be the model."""
     path.mkdir()
@@ -216,15 +237,25 @@ def test_what_is_no_model_and_outputs_that_would_hurt_are_refused(tmp_path: Path
     cases: list[tuple[str, Any]] = [
         ("R201.*neither a GGUF file", lambda: recognise(tmp_path / "text")),
         ("R201.*config.json", lambda: open_source(tmp_path / "empty")),
+        ("R202.*Git LFS pointer", lambda: open_source(named(tmp_path / "lfs.gguf", b"version https://git-lfs.github.com/spec/v1"))),
+        ("R202.*web page", lambda: open_source(named(tmp_path / "page.pth", b"<!DOCTYPE html>"))),
+        ("R202.*web page", lambda: open_source(named(tmp_path / "page", b"<html>"))),
+        ("R202.*PyTorch before 1.6", lambda: open_source(named(tmp_path / "old.bin", b"\x80\x02\x8a\nl\xfc\x9cF"))),
+        ("R202.*does not begin", lambda: open_source(named(tmp_path / "none.gguf", b""))),
+        ("R201.*Give the folder", lambda: open_source(source / "model.safetensors")),
         ("R201.*2 weights files", lambda: recognise(two_files(tmp_path / "two"))),
         ("R401.*lies in the input", lambda: convert(source, source / "inside", "hf")),
         ("R401.*the folder exists", lambda: convert(source, shutil.copytree(source, tmp_path / "old"), "hf")),
+        ("R401.*it holds no radlads.json", lambda: convert(source, tmp_path / "two", "hf", overwrite=True)),
+        ("R101.*Pass --to gguf", lambda: convert(source, tmp_path / "x.gguf", "hf")),
+        ("R101.*Pass --to pth", lambda: convert(source, tmp_path / "x.pth", "gguf")),
         ("R101.*Quantise with --to mlx", lambda: convert(source, tmp_path / "x", "hf", writing=Writing(bits=4))),
         ("R101.*7 bits", lambda: convert(source, tmp_path / "x", "mlx", writing=Writing(bits=7))),
     ]
     for pattern, action in cases:
         with pytest.raises(RadladsError, match=pattern):
             action()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["a.gguf", "b.pth"]
     convert(source, tmp_path / "q", "mlx", writing=Writing(bits=4, group_size=32))
     with pytest.raises(RadladsError, match=r"R101.*quantised already"):
         convert(tmp_path / "q", tmp_path / "qq", "mlx", writing=Writing(bits=8))

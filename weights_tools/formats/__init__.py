@@ -11,7 +11,7 @@ from radlads.files import open_regular
 from radlads.folder import CONFIG
 from radlads.provenance import named_teacher, stated_teacher
 from radlads.quantised import KEYS
-from radlads.tensors import INDEX, SINGLE
+from radlads.tensors import INDEX, SINGLE, check_impostor
 from radlads.weights_tools.formats import gguf, hf, mlx, pth
 from radlads.weights_tools.formats.format import FINISHED, Format, Reading, Source
 from radlads.weights_tools.formats.gguf_file import MAGIC
@@ -19,6 +19,7 @@ from radlads.weights_tools.formats.pth_file import ZIP
 
 FORMATS: dict[str, Format] = {module.NAME: module for module in (hf, mlx, pth, gguf)}  # type: ignore[misc]
 
+NAMED = {".gguf": "gguf", ".pth": "pth", ".pt": "pth", ".bin": "pth"}
 RUN_NAME = re.compile(r"L\d+-D\d+-.+-([123])")
 
 
@@ -30,18 +31,23 @@ def recognise(path: Path) -> tuple[str, Path]:
             return (mlx.NAME if quantised else hf.NAME), path
         return only_file(path)
     with open_regular(path) as file:
-        start = file.read(8)
+        start = file.read(32)
     if start.startswith(MAGIC):
         return "gguf", path
     if start.startswith(ZIP):
         return "pth", path
+    if path.suffix in NAMED:  # the reader of what it is called says what is wrong with it
+        return NAMED[path.suffix], path
+    if path.suffix == ".safetensors":
+        raise fail("R201", where=path, why="it is one file of a model", fix="Give the folder that holds it and its config.json")
+    check_impostor(path, start)
     why = "it is neither a GGUF file nor a zip of PyTorch's"
     raise fail("R201", where=path, why=why, fix="Give a model folder, a .gguf or a .pth file")
 
 
 def only_file(folder: Path) -> tuple[str, Path]:
     """The one GGUF or PyTorch file of a folder without safetensors, R201 for several; none is for `hf` to complain about."""
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".gguf", ".pth", ".pt", ".bin") and path.is_file())
+    found = sorted(path for path in folder.iterdir() if path.suffix in NAMED and path.is_file())
     if not found:
         return hf.NAME, folder
     if len(found) > 1:

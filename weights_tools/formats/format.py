@@ -14,7 +14,7 @@ from radlads.errors import RadladsError, fail
 from radlads.folder import SCHEMA, TOKEN_KEYS, to_json
 from radlads.provenance import carried_license, hub_origin, license_of
 from radlads.spec import ModelSpec
-from radlads.tensors import FLOATS, Raw, listed
+from radlads.tensors import FLOATS, Raw, decode, listed
 from radlads.weights_tools.lazy import Lazy, cast, finite
 from radlads.weights_tools.output import OutputFile
 
@@ -150,13 +150,29 @@ def check_tied(path: Path, head: Lazy, embedding: Lazy) -> None:
 
 
 def checked(source: Source, tensors: Mapping[str, Lazy], allow: bool, say: Callable[[str], None]) -> dict[str, Lazy]:
-    """The tensors with a look at every piece read: R207 for NaN or infinity, unless allowed or in what no model reads."""
+    """The tensors with a look at every piece read: R207 for NaN or infinity, unless allowed or in what no model reads; a word
+    about those of the teacher's that hold one value throughout, as where a download or a training went wrong."""
     rows = source.spec.tensors()
     told: set[str] = set()
+    values: dict[str, Raw | None] = {}  # the one value of a tensor so far, None where there are several
 
     def watch(name: str, tensor: Lazy) -> Lazy:
+        matrix = len(tensor.shape) == 2
+        watched = rows[name].copied and (matrix or not name.endswith(".bias"))
+
+        def follow(raw: Raw, stop: int) -> None:
+            flat = raw.reshape(-1)
+            known = values.setdefault(name, flat[:1].copy())
+            if known is None or (flat[:1024] != known).any() or (flat != known).any():
+                values[name] = None
+            elif stop == tensor.shape[0] and name not in told and (matrix or not known.any()):
+                told.add(name)
+                say(f"{name} holds one value throughout: {float(decode(known, tensor.dtype)[0]):g}")
+
         def read(start: int, stop: int) -> Raw:
             raw = tensor.read(start, stop)
+            if watched and raw.size:
+                follow(raw, stop)
             if name not in told and not finite(raw, tensor.dtype):
                 if rows[name].read and not allow:
                     why = f"{name} holds NaN or infinity"
