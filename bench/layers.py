@@ -1,6 +1,7 @@
 """Recurrent layers of every published system at their real width: bfloat16 on the GPU against the published equations.
 
     python bench/layers.py                    # all systems on a GPU
+    python bench/layers.py QRWKV-72B          # one of them
     python bench/layers.py --small --cpu      # the same at toy size, to try it out
 
 Two recurrent layers each (the second one reads the value and key residual), random weights as large as trained ones, heads,
@@ -37,6 +38,7 @@ EQUATIONS, OVER_PLAIN = 1e-5, 1.2
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="SYSTEM", help=f"some of {', '.join(s.name.split()[0] for s in SYSTEMS)}")
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--small", action="store_true", help="toy sizes")
     parser.add_argument("--cpu", action="store_true")
@@ -47,6 +49,8 @@ def main() -> int:
         flush=True,
     )
     for system in SYSTEMS:
+        if options.names and system.name.split()[0] not in options.names:
+            continue
         layers = two_layers(system.small() if options.small else system)
         key = str(replace(layers, name=""))
         if key not in seen:
