@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from radlads.backends.torch.kernels.kl import COLUMNS, RowLoss, TopK, differentiate, row_losses, scale_
+from radlads.backends.torch.vocabulary import GatherTokens, gathered, is_split, rows_here
 
 # Label of a token that does not count, as in torch.nn.functional.cross_entropy.
 IGNORED = -100
@@ -49,7 +50,6 @@ def distillation_loss(
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     divisor: Tensor | int | None = None,
-    group: dist.ProcessGroup | None = None,
     float32_head_grad: bool = False,
 ) -> Tensor:
     """kl_weight * divergence(teacher, student) + ce_weight * cross-entropy, summed over the tokens that count, over `divisor`.
@@ -57,11 +57,15 @@ def distillation_loss(
     hidden (..., D) and head (V, D) of the student, labels (...) of the next tokens; a token whose label is IGNORED does not
     count, and `divisor` is the number of those that do unless it is given (for a mean over several calls). `divergence` is
     kl, reverse_kl or jsd (with `beta`), at `temperature`; the equations stand in RowLoss. TopK is at that temperature
-    already. In a `group` the vocabulary is split: head and the teacher's head are this process's rows, in the order of ranks
-    and of equal number on all but the last; hidden and the teacher's targets are the same on all.
+    already. A head that is a DTensor is split by vocabulary: the loss is that of the tokens of all its processes, the same in
+    each, and the gradient of hidden is that of the mean over processes, as FSDP takes it. The teacher's head is whole or split.
     The head's gradient has its dtype and is summed in it over groups of tokens, in float32 with `float32_head_grad`.
     Differentiable in hidden and head, once. Raises ValueError for options or shapes that do not fit.
     """
+    group = None
+    if is_split(head):
+        group = head.device_mesh.get_group()  # type: ignore[attr-defined]
+        hidden, head, teacher, labels = of_all_processes(hidden, head, teacher, labels, group)
     rows, flat, labels = labels.numel(), hidden.flatten(0, -2), labels.reshape(-1)
     if divergence not in ("kl", "reverse_kl", "jsd") or (divergence == "jsd" and not 0 < beta < 1):
         raise ValueError(f"divergence must be kl, reverse_kl, or jsd with beta between 0 and 1; got {divergence}, beta {beta}")
@@ -87,6 +91,19 @@ def distillation_loss(
         wanted and hidden.requires_grad, wanted and head.requires_grad, float32_head_grad,
     )  # fmt: skip
     return loss
+
+
+def of_all_processes(
+    hidden: Tensor, head: Any, teacher: TeacherHead | TopK | None, labels: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, TeacherHead | TopK | None, Tensor]:
+    """Tokens, targets and labels of all processes, and this one's rows of the heads; an equal number of tokens in each."""
+    if isinstance(teacher, TopK):
+        ids, log_p = (gathered(values.flatten(0, -2), group) for values in (teacher.ids, teacher.log_p))
+        teacher = TopK(ids, log_p, gathered(teacher.log_tail.flatten(), group))
+    elif teacher is not None:
+        teacher = TeacherHead(gathered(teacher.hidden.flatten(0, -2), group), rows_here(head, teacher.head))
+    tokens: Tensor = GatherTokens.apply(hidden.flatten(0, -2), group)
+    return tokens, head.to_local().to(hidden.dtype), teacher, gathered(labels.flatten(), group)
 
 
 def language_model_loss(hidden: Tensor, head: Tensor, labels: Tensor, **options: Any) -> Tensor:

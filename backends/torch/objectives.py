@@ -9,10 +9,9 @@ from torch import Tensor
 
 from radlads.backends.torch.compiled import layers_compiled
 from radlads.backends.torch.kernels.kl import TopK
-from radlads.backends.torch.losses import IGNORED, TeacherHead, distillation_loss
+from radlads.backends.torch.losses import IGNORED, TeacherHead, distillation_loss, language_model_loss
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import MixContext, empty_state
-from radlads.backends.torch.vocabulary import is_split, vocabulary_loss
 from radlads.data.samples import FIRST, PAD, SILENT, TOKEN
 from radlads.mixers import MIXERS
 from radlads.recipe import Stage
@@ -75,16 +74,15 @@ def objective(
         errors = alignment_errors(student, teacher, tokens, loss=stage.loss, real=real, cu_seqlens=cu_seqlens)
         return Objective(errors.mean(), errors.detach())
     hidden, _ = student.model(tokens, cu_seqlens=cu_seqlens)
-    loss_of = vocabulary_loss if is_split(student.head) else distillation_loss
     if stage.kind == "lm":
-        return Objective(loss_of(hidden, student.head, None, labels, kl_weight=0.0, ce_weight=1.0))
+        return Objective(language_model_loss(hidden, student.head, labels))
     wanted: TeacherHead | TopK | None = targets
     if wanted is None:
         assert teacher is not None
         with torch.no_grad():
             teacher_hidden, _ = teacher.model(tokens, cu_seqlens=cu_seqlens)
         wanted = TeacherHead(teacher_hidden, teacher.head)
-    loss = loss_of(
+    loss = distillation_loss(
         hidden,
         student.head,
         wanted,

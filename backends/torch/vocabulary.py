@@ -1,4 +1,4 @@
-"""The loss with heads split by vocabulary: every process holds V / n rows of each head and sees the tokens of all processes.
+"""Heads split by vocabulary: every process holds V / n rows of each, and sees the tokens of all processes.
 
 Hidden states are gathered, each process makes the logits of its rows, and only sums over the vocabulary and the gradients
 of hidden states travel (`losses`, which does the rest). A head's gradient is complete where its rows lie.
@@ -9,9 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from radlads.backends.torch.kernels.kl import TopK
-from radlads.backends.torch.losses import TeacherHead, distillation_loss
 
 
 class GatherTokens(torch.autograd.Function):
@@ -40,26 +37,15 @@ def gathered(x: Tensor, group: Any) -> Tensor:
     return torch.cat(parts)
 
 
-def is_split(head: Tensor) -> bool:
+def is_split(head: Any) -> bool:
     """Whether a head is a DTensor, of which this process has some rows."""
     return hasattr(head, "placements")
 
 
-def vocabulary_loss(hidden: Tensor, head: Any, teacher: TeacherHead | TopK | None, labels: Tensor, **options: Any) -> Tensor:
-    """distillation_loss over the tokens of all processes, the same value in each; `head` (V, D) is split.
-
-    A teacher's whole head is used by the rows that this process has of the student's.
-    """
-    group = head.device_mesh.get_group()
-    local = head.to_local()
-    if isinstance(teacher, TopK):
-        ids, log_p = (gathered(values.flatten(0, -2), group) for values in (teacher.ids, teacher.log_p))
-        teacher = TopK(ids, log_p, gathered(teacher.log_tail.flatten(), group))
-    elif teacher is not None:
-        stretch = -(-head.shape[0] // head.device_mesh.size())
-        first = min(head.shape[0], dist.get_rank(group) * stretch)
-        other: Any = teacher.head
-        rows = other.to_local() if is_split(other) else other[first : first + len(local)]
-        teacher = TeacherHead(gathered(teacher.hidden.flatten(0, -2), group), rows)
-    tokens = GatherTokens.apply(hidden.flatten(0, -2), group)
-    return distillation_loss(tokens, local.to(hidden.dtype), teacher, gathered(labels.flatten(), group), group=group, **options)
+def rows_here(split: Any, other: Any) -> Tensor:
+    """The rows of a head (V, D'), whole or split, that this process has of a split one."""
+    if is_split(other):
+        return other.to_local()  # type: ignore[no-any-return]
+    stretch = -(-split.shape[0] // split.device_mesh.size())
+    first = min(split.shape[0], split.device_mesh.get_rank() * stretch)
+    return other[first : first + len(split.to_local())]  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ SPREAD: dict[str, tuple[str, int, dict[str, Any]]] = {
     "step 1, everything on each": ("align", 2, {"layout": "replicated"}),
     "step 1, weights gathered once": ("align", 2, {}),
     "step 1, weights and teacher sharded": ("align", 4, {"layout": "full", "teacher": "sharded"}),
-    "step 2, everything on each, compiled": ("distill", 4, {"layout": "replicated", "compile": "auto"}),
+    "step 2, everything on each, compiled": ("distill", 2, {"layout": "replicated", "compile": "auto"}),
     "step 2, weights gathered once": ("distill", 2, {}),
     "step 2, all sharded, teacher offloaded, recomputing": (
         "distill", 4, {"layout": "full", "teacher": "offloaded", "recompute": "always"}),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,11 @@ OPTIONS: dict[str, dict[str, float | str]] = {
 }
 
 
-def draw(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor, TeacherHead, Tensor]:
+def draw(dtype: torch.dtype = torch.float32, device: str = "cpu", n: int = N) -> tuple[Tensor, Tensor, TeacherHead, Tensor]:
     """hidden, head, teacher and labels; every fifth label does not count."""
     torch.manual_seed(0)
-    hidden, head, t_hidden, t_head = (torch.randn(s, dtype=dtype) * 0.7 for s in ((N, D), (V, D), (N, 12), (V, 12)))
-    labels = torch.randint(0, V, (N,))
+    hidden, head, t_hidden, t_head = (torch.randn(s, dtype=dtype) * 0.7 for s in ((n, D), (V, D), (n, 12), (V, 12)))
+    labels = torch.randint(0, V, (n,))
     labels[::5] = IGNORED
     hidden, head, t_hidden, t_head, labels = (x.to(device) for x in (hidden, head, t_hidden, t_head, labels))
     return hidden, head, TeacherHead(t_hidden, t_head), labels
@@ -81,23 +82,30 @@ def relative(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> list[floa
     return [((x.detach().double() - y).norm() / y.norm()).item() for x, y in zip(found, wanted, strict=True)]
 
 
-def errors(
-    options: dict[str, float | str], top: bool, group: torch.distributed.ProcessGroup | None = None, device: str = "cpu"
-) -> list[float]:
-    """Relative errors of loss, gradient of hidden and gradient of head; in a group with this process's rows of the head."""
-    hidden, head, teacher, labels = draw(device=device)
+def errors(options: dict[str, float | str], top: bool, mesh: Any = None, device: str = "cpu") -> list[float]:
+    """Relative errors of loss, gradient of hidden and gradient of head; on a mesh with a part of the tokens and of the head."""
+    hidden, head, teacher, labels = draw(device=device, n=N if mesh is None else N // 2 * 2)
     target = top_of(teacher, float(options.get("temperature", 1.0))) if top else teacher
     exact_inputs = [x.double().requires_grad_() for x in (hidden, head)]
     wanted = (exact_top if top else exact_dense)(*exact_inputs, target, labels, **options)
-    rows = slice(0, V)
-    if group is not None:
-        size = -(-V // group.size())
-        rows = slice(group.rank() * size, (group.rank() + 1) * size)
-    shard = TeacherHead(teacher.hidden, teacher.head[rows]) if isinstance(target, TeacherHead) else target
-    inputs = [hidden.requires_grad_(), head[rows].clone().requires_grad_()]
-    found = distillation_loss(*inputs, shard, labels, group=group, **options)  # type: ignore[arg-type]
     grads = torch.autograd.grad(wanted, exact_inputs)
-    return relative((found, *torch.autograd.grad(found, inputs)), (wanted, grads[0], grads[1][rows]))
+    if mesh is None:
+        inputs = [hidden.requires_grad_(), head.clone().requires_grad_()]
+        found = distillation_loss(*inputs, target, labels, **options)  # type: ignore[arg-type]
+        return relative((found, *torch.autograd.grad(found, inputs)), (wanted, *grads))
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    n, size = len(labels) // mesh.size(), -(-V // mesh.size())
+    mine, rows = (slice(mesh.get_rank() * many, (mesh.get_rank() + 1) * many) for many in (n, size))
+    if isinstance(target, TeacherHead):
+        part: TeacherHead | TopK = TeacherHead(target.hidden[mine], target.head)
+    else:
+        part = TopK(target.ids[mine], target.log_p[mine], target.log_tail[mine])
+    inputs = [hidden[mine].clone().requires_grad_(), distribute_tensor(head, mesh, [Shard(0)]).requires_grad_()]
+    found = distillation_loss(*inputs, part, labels[mine], **options)  # type: ignore[arg-type]
+    of_hidden, of_head = torch.autograd.grad(found, inputs)
+    taken: Any = of_head
+    return relative((found, of_hidden / mesh.size(), taken.to_local()), (wanted, grads[0][mine], grads[1][rows]))
 
 
 @pytest.fixture
@@ -211,7 +219,7 @@ def child(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_vocabulary_split_over_processes(tmp_path: Path) -> None:
-    """Two processes with 51 and 50 rows of the head: loss and gradients of the whole."""
+    """Two processes with half of the tokens each, and 51 and 50 rows of the head: loss and gradients of the whole."""
     found = json.loads(child("shards", str(tmp_path)).stdout.splitlines()[-1])
     assert len(found) == 2 * len(OPTIONS) and max(max(e) for e in found.values()) < BAR, found
 
@@ -251,7 +259,8 @@ def shards(rank: int, folder: str) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     losses.tokens_at_once = lambda *_: (8, 2)  # type: ignore[assignment]
-    found = {f"{name} {top}": errors(o, top, dist.group.WORLD) for name, o in OPTIONS.items() for top in (False, True)}
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    found = {f"{name} {top}": errors(o, top, mesh) for name, o in OPTIONS.items() for top in (False, True)}
     everyone: list[object] = [None, None]
     dist.all_gather_object(everyone, found)
     if rank == 0:
