@@ -7,7 +7,8 @@ equal: fp32 losses and gradient norms of N GPUs against 1 on the same global bat
 micro-batch, and the share of time in communication. whole: step 2 of every layer, memory and tok/s. kill: kill -9 of a process
 at a step and in a save, then resume on N and on 1. sequence: one long sequence split over N. All with plan beside actual.
 Prints one JSON line a result, and the table last; `--table results.jsonl` prints the table of earlier results. Compiled code is
-kept where TORCHINDUCTOR_CACHE_DIR says, and N GPUs use what one has compiled.
+kept where TORCHINDUCTOR_CACHE_DIR says, and N GPUs use what one has compiled. --share puts all processes on one GPU, over gloo:
+no measure of speed, but layout replicated works there as on several.
 """
 import argparse
 import gc
@@ -48,6 +49,11 @@ def work(jobs: list[Job]) -> None:
     from radlads.backends.torch.world import join_world
     from radlads.errors import RadladsError
 
+    if jobs[0]["share"]:  # NCCL takes one process a GPU
+        import torch.distributed as dist
+
+        begin: Any = dist.init_process_group
+        dist.init_process_group = lambda backend, timeout, device_id: begin("gloo", timeout=timeout)  # type: ignore[assignment]
     world = join_world("cpu" if jobs[0]["cpu"] else None)
     for job in jobs:
         try:
@@ -99,12 +105,14 @@ def train(job: Job, world: Any) -> dict[str, Any]:
         run_stage(planned, task, Tokens(spec.V, planned.seq_len), run, look.step, world=world)
         communication = look.communication()
     world.barrier()
-    steps = [r for r in read_metrics(job["folder"]) if r["kind"] == "train"]
+    records = read_metrics(job["folder"])
+    steps = [r for r in records if r["kind"] == "train"]
     told = ("check", "kind", "shape", "precision", "micro", "seq_len")
     result: dict[str, Any] = {key: job[key] for key in told} | {"layers": spec.L, "processes": world.size, "device": name}
     result |= {"layout": way.layout, "teacher": way.teacher, "recompute": way.recompute, "moments": way.moments}
     result |= {"steps": len(steps), "build_s": round(built, 1), "first_step_s": steps[0]["step_s"]}
     result |= {"step_s": usual(steps, PROFILED * look.wanted), "saved_s": [round(s, 2) for s in look.saved]}
+    result |= {"graphs": look.graphs, "notes": [r["text"] for r in records if r["kind"] == "note"]}
     result |= {"losses": [r["loss"] for r in steps], "norms": [r["grad_norm"] for r in steps]}
     result["tok_s_per_gpu"] = planned.tokens_per_step / result["step_s"] / world.size
     if on_gpu:
@@ -192,10 +200,11 @@ def random_whole(folder: Any, world: Any, precision: str) -> Any:
 
 
 class Look:
-    """Sees every step of a run: says so on rank 0, profiles the last ones, and notes how long saves hold training up."""
+    """Sees every step of a run: says so on rank 0, profiles the last ones, notes what saves take, and counts CUDA graphs."""
 
     def __init__(self, job: Job, world: Any, on_gpu: bool) -> None:
         from radlads.backends.torch.checkpoint import Checkpoints
+        from radlads.backends.torch.graphed import Graphed
 
         self.job, self.world = job, world
         self.wanted = bool(job.get("communication")) and on_gpu
@@ -209,6 +218,14 @@ class Look:
             self.saved.append(time.perf_counter() - began)
 
         Checkpoints.plain_save, Checkpoints.save = save, timed  # type: ignore[attr-defined,method-assign]
+        self.graphs = 0
+        record = Graphed.__dict__.get("plain_record", Graphed.record)
+
+        def counted(graphed: Any, first: bool) -> None:
+            record(graphed, first)
+            self.graphs += 1
+
+        Graphed.plain_record, Graphed.record = record, counted  # type: ignore[attr-defined,method-assign]
 
     def step(self, progress: Any) -> None:
         if self.world.first:
@@ -264,7 +281,8 @@ class Group:
         self.folder = Path(tempfile.mkdtemp(prefix="group-", dir=jobs[0]["place"]))
         self.processes: list[subprocess.Popen[str]] = []
         for rank in range(processes):
-            own: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+            place = 0 if jobs[0]["share"] else rank
+            own: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": place, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
                                    "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
             if processes == 1:
                 own["CUDA_VISIBLE_DEVICES"] = first
@@ -359,8 +377,8 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace, place: str) -> None:
         self.given, self.N, self.cpu, self.place = given, given.gpus, given.cpu, place
-        self.base: Job = {"arch": given.arch, "cpu": given.cpu, "shape": given.shape, "layers": None, "place": place,
-                          "precision": "float32" if given.cpu else "bfloat16", "steps": given.steps}
+        self.base: Job = {"arch": given.arch, "cpu": given.cpu, "share": given.share, "shape": given.shape, "layers": None,
+                          "place": place, "precision": "float32" if given.cpu else "bfloat16", "steps": given.steps}
         self.results: list[dict[str, Any]] = []
         self.kinds = given.kinds.split(",")
         self.lock = threading.Lock()
@@ -547,7 +565,7 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [f"{r.get(key, nan):7.2f}" for key in ("peak_gib", "reserved_gib", "planned_gib", "step_s", "planned_step_s")]
         names = ("times", "loss_difference", "norm_difference", "collectives", "exposed", "idle", "precision", "moment", "victim",
                  "in_save", "ended_after_s", "status", "checkpoints", "message", "last_line", "resumed_on", "steps", "layout",
-                 "teacher", "recompute", "moments", "micro", "first_step_s", "build_s", "saved_s", "failed")
+                 "teacher", "recompute", "moments", "micro", "graphs", "notes", "first_step_s", "build_s", "saved_s", "failed")
         told = {name: r[name] for name in names if r.get(name) not in (None, [], *USUAL)}
         told |= {"shape": r["shape"]} if r.get("shape") not in (None, "qwen2.5-7b") else {}
         rest = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in told.items()}
@@ -573,6 +591,7 @@ def main() -> None:
     args.add_argument("--kill", default="float32,bfloat16", help="precisions")
     args.add_argument("--skip-one", action="store_true", help="do not time one GPU")
     args.add_argument("--cpu", action="store_true")
+    args.add_argument("--share", action="store_true", help="all processes on the first GPU")
     args.add_argument("--set", action="append", default=[], help="of the whole model: micro=3, or a value of `parallel`")
     args.add_argument("--out", help="file to add results to, a line each")
     args.add_argument("--table", help="print the table of such a file, and do nothing else")
