@@ -285,7 +285,8 @@ class Group:
             own: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": place, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
                                    "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
             if processes == 1:
-                own["CUDA_VISIBLE_DEVICES"] = first
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+                own["CUDA_VISIBLE_DEVICES"] = visible.split(",")[first] if visible else first
             environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
             with (self.folder / f"err{rank}.txt").open("w") as err:
                 self.processes.append(subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(jobs)], env=environment,
