@@ -16,7 +16,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from radlads.backends.mlx.model import Model, ModelArgs
 from radlads.spec import ModelSpec
 
 
-def prefill(T: int, H: int, N: int, dtype: mx.Dtype, rounds: int, gradient: bool = False) -> list[dict[str, object]]:
+def prefill(T: int, H: int, N: int, dtype: mx.Dtype, rounds: int, gradient: bool = False) -> list[dict[str, Any]]:
     """A prompt of one sequence in every form, forward or forward and backward."""
     candidates = (gradient_forms if gradient else forms)(draw(1, T, H, N, dtype))
     memory = {name: peak_bytes(form) for name, form in candidates.items()}
@@ -44,7 +44,7 @@ def prefill(T: int, H: int, N: int, dtype: mx.Dtype, rounds: int, gradient: bool
     ]
 
 
-def decode(B: int, H: int, N: int, dtype: mx.Dtype, rounds: int, nbytes: int) -> list[dict[str, object]]:
+def decode(B: int, H: int, N: int, dtype: mx.Dtype, rounds: int, nbytes: int) -> list[dict[str, Any]]:
     """One token of a batch in every form; bytes counted are those of the states, read and written."""
     candidates, count = steps(B, H, N, dtype, nbytes)
     memory = {name: peak_bytes(form) // count for name, form in candidates.items()}
@@ -101,30 +101,38 @@ def main() -> None:
     options = parser.parse_args()
     on_gpu = mx.default_device() == mx.gpu
     dtype = mx.bfloat16 if on_gpu else mx.float32
-    H, N = options.heads, options.head_size
     nbytes = 2**30 if on_gpu else 2**24
-    bandwidth = copy_bandwidth(nbytes >> 20)
-    rows = prefill(options.tokens, H, N, dtype, options.rounds)
-    if options.gradient:
-        rows += prefill(options.tokens, H, N, dtype, options.rounds, gradient=True)
-    for B in map(int, options.batches.split(",")):
-        rows += decode(B, H, N, dtype, options.rounds, nbytes)
-    models = {B: model_step(B, options.layers, options.rounds) for B in (1, 32)} if options.layers else {}
     device = mx.device_info().get("device_name", platform.processor()) if on_gpu else platform.machine()
-    head = {"device": str(device), "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "copy_bytes_per_s": bandwidth,
-            "product_flops": product_rate()}  # fmt: skip
+    head = {"device": str(device), "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    head |= {"copy_bytes_per_s": copy_bandwidth(nbytes >> 20), "product_flops": product_rate()}
+    tell = (lambda *_, **__: None) if options.json else print
+    tell(f"{device}, {'GPU' if on_gpu else 'CPU'}, MLX {mx.__version__}, mlx-lm {mlx_lm.__version__}, copy "
+         f"{head['copy_bytes_per_s'] / 1e9:.1f} GB/s, products {head['product_flops'] / 1e9:.1f} GFLOP/s, {dtype}")  # fmt: skip
+    tell(f"{'':8s} {'BxTxHxN':16s} {'form':14s} {'ms':>9s} {'tokens/s':>10s} {'peak MB':>8s} {'of copy':>8s}", flush=True)
+    rows = []
+    for measured in parts(options, dtype, nbytes):
+        rows += measured
+        for r in measured:
+            share = f"{100 * r['state_bytes_per_s'] / head['copy_bytes_per_s']:7.1f}%" if r["kind"] == "decode" else ""
+            tell(f"{r['kind']:8s} {'x'.join(map(str, r['shape'])):16s} {r['form']:14s} {r['ms']:9.3f} {r['tokens_per_s']:10.0f} "
+                 f"{r['peak_bytes'] / 1e6:8.1f} {share}", flush=True)  # fmt: skip
+    models = {}
+    for B in (1, 32) if options.layers else ():
+        models[B] = model_step(B, options.layers, options.rounds)
+        times = {name: round(1e3 * s, 3) for name, s in models[B].items()}
+        tell(f"decode step of {options.layers} layers, batch {B}, ms:", times, flush=True)
     if options.json:
         print(json.dumps({"schema": 1, **head, "rows": rows, "model_step_s": models}))
-        return
-    print(f"{device}, {'GPU' if on_gpu else 'CPU'}, MLX {mx.__version__}, mlx-lm {mlx_lm.__version__}, "
-          f"copy {bandwidth / 1e9:.1f} GB/s, products {head['product_flops'] / 1e9:.1f} GFLOP/s, {dtype}")  # fmt: skip
-    print(f"{'':8s} {'BxTxHxN':16s} {'form':14s} {'ms':>9s} {'tokens/s':>10s} {'peak MB':>8s} {'of copy':>8s}")
-    for r in rows:
-        share = f"{100 * r['state_bytes_per_s'] / bandwidth:7.1f}%" if r["kind"] == "decode" else ""
-        print(f"{r['kind']:8s} {'x'.join(map(str, r['shape'])):16s} {r['form']:14s} {r['ms']:9.3f} {r['tokens_per_s']:10.0f} "
-              f"{r['peak_bytes'] / 1e6:8.1f} {share}")  # fmt: skip
-    for B, seconds in models.items():
-        print(f"decode step of {options.layers} layers, batch {B}, ms:", {name: round(1e3 * s, 3) for name, s in seconds.items()})
+
+
+def parts(options: argparse.Namespace, dtype: mx.Dtype, nbytes: int) -> Iterator[list[dict[str, Any]]]:
+    """What is measured, one table after the other."""
+    H, N, rounds = options.heads, options.head_size, options.rounds
+    yield prefill(options.tokens, H, N, dtype, rounds)
+    if options.gradient:
+        yield prefill(options.tokens, H, N, dtype, rounds, gradient=True)
+    for B in map(int, options.batches.split(",")):
+        yield decode(B, H, N, dtype, rounds, nbytes)
 
 
 if __name__ == "__main__":
