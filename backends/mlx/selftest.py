@@ -37,6 +37,8 @@ STUDENTS = {
     "rwkv7 A": STUDENT.as_student("rwkv7", variant="A"),
     "rwkv7 B": STUDENT.as_student("rwkv7", variant="B"),
     "rwkv7 C": replace(STUDENT, head_dim=128).as_student("rwkv7"),
+    "hxa079": STUDENT.as_student("hxa079"),
+    "hxa07c": STUDENT.as_student("hxa07c"),
 }
 
 

@@ -12,7 +12,7 @@ from radlads.backends.mlx import selftest
 from radlads.backends.mlx.kernels import gpu
 from radlads.backends.mlx.kernels.gpu import CUDA, LANES, METAL, ROWS, GpuKernel, has_kernels
 from radlads.backends.mlx.kernels.scan import CHECKPOINT, SCAN, SHARED_BYTES, block_size, scan
-from radlads.backends.mlx.kernels.step import STEP6, STEP7
+from radlads.backends.mlx.kernels.step import HXA_BONUS_STEP, HXA_STEP, STEP6, STEP7
 from radlads.backends.mlx.model import Model, ModelArgs
 from radlads.backends.mlx.selftest import GOLDENS
 from radlads.oracle import oracle_logits
@@ -35,13 +35,17 @@ CASES = [
     (1, 35, 1, 128, "weak"),
 ]
 TINY = ModelSpec("qwen3", 40, 56, 2, 2, 1, 64, 61, rope_theta=12345.0, qk_norm=True)
+GROUPED = replace(TINY, num_heads=4, num_kv_heads=2)  # a wrong key head shows only where there are several
 STEPS = {
     "rwkv6": TINY.as_student("rwkv6"),
     "rwkv6 norm": TINY.as_student("rwkv6", gate="lowrank", rope=True, token_shift=False, clamp=None, groupnorm=True),
-    "rwkv6 plain": TINY.as_student("rwkv6", gate="none", balance=False),
+    "rwkv6 plain": GROUPED.as_student("rwkv6", gate="none", balance=False),
     "rwkv7 A": TINY.as_student("rwkv7", variant="A"),
     "rwkv7 B": TINY.as_student("rwkv7", variant="B", gate="none"),
     "rwkv7 C": replace(TINY, head_dim=128).as_student("rwkv7"),
+    "hxa079": GROUPED.as_student("hxa079"),
+    "hxa07a": replace(TINY, head_dim=96).as_student("hxa07a"),
+    "hxa07c": GROUPED.as_student("hxa07c", rope=False),
 }
 
 
@@ -190,12 +194,12 @@ def test_faults_are_found(before, after, reason, monkeypatch, use):
 
 # ---- what a compiler for each kind of GPU says ----
 
-EVERY = [*SCAN[False].values(), *SCAN[True].values(), STEP6, STEP7]
+EVERY = [*SCAN[False].values(), *SCAN[True].values(), STEP6, STEP7, HXA_STEP, HXA_BONUS_STEP]
 
 
 def constants(head_size, inputs=6):
     """The constants of every kernel, with all that can be switched on."""
-    steps = {"NORM": 1, "MASKED": 1, "GATE": 2, "BALANCE": 1, "VARIANT": 0, "RESIDUAL": 1}
+    steps = {"NORM": 1, "MASKED": 1, "GATE": 2, "BALANCE": 1, "VARIANT": 0, "RESIDUAL": 1, "TRUE_DECAY": 1}
     block = block_size(99, head_size, inputs)
     return {"N": head_size, "LANES": LANES[head_size], "ROWS": ROWS, "BLOCK": block, "CHECKPOINT": CHECKPOINT, **steps}
 

@@ -12,7 +12,7 @@ METAL_PRELUDE = """
 #define device __global
 #define constant __constant
 #define float4(x, y, z, w) ((float4)(x, y, z, w))
-namespace metal { float exp(float x); float rsqrt(float x); }
+namespace metal { float exp(float x); float log(float x); float rsqrt(float x); }
 float simd_shuffle_xor(float x, ushort mask);
 struct mem_flags { enum Kind { mem_threadgroup }; };
 void threadgroup_barrier(mem_flags::Kind);
@@ -31,6 +31,7 @@ struct __attribute__((aligned(16))) float4 { float x, y, z, w; };
 #define __syncthreads() __nvvm_bar_sync(0)
 #define __shfl_xor_sync(all, x, mask) __nvvm_shfl_sync_bfly_f32(all, x, mask, 31)
 #define expf(x) __nvvm_ex2_approx_f(x * 1.4426950408889634f)
+#define logf(x) (__nvvm_lg2_approx_f(x) * 0.6931471805599453f)
 #define rsqrtf(x) __nvvm_rsqrt_approx_f(x)
 __device__ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 """

@@ -70,6 +70,7 @@ extern char __start_group_memory[], __stop_group_memory[];
 #define __device__ static
 namespace metal {
 inline float exp(float x) { return expf(x); }
+inline float log(float x) { return logf(x); }
 inline float rsqrt(float x) { return 1.0f / sqrtf(x); }
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

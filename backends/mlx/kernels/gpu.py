@@ -19,6 +19,7 @@ METAL_HEADER = """
 #define BARRIER() threadgroup_barrier(mem_flags::mem_threadgroup)
 #define SHUFFLE_XOR(x, mask) simd_shuffle_xor(x, ushort(mask))
 #define EXP(x) metal::exp(x)
+#define LOG(x) metal::log(x)
 #define RSQRT(x) metal::rsqrt(x)
 #define FLOAT4(x, y, z, w) float4(x, y, z, w)
 """
@@ -34,6 +35,7 @@ CUDA_HEADER = """
 #define BARRIER() __syncthreads()
 #define SHUFFLE_XOR(x, mask) __shfl_xor_sync(0xffffffffu, x, mask)
 #define EXP(x) expf(x)
+#define LOG(x) logf(x)
 #define RSQRT(x) rsqrtf(x)
 #define FLOAT4(x, y, z, w) make_float4(x, y, z, w)
 """

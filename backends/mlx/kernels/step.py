@@ -7,6 +7,7 @@ from radlads.spec import MixerOptions
 
 STEP_HEADER = """
 #define SIGMOID(x) (1.0f / (1.0f + EXP(-(x))))
+#define SOFTPLUS(x) ((x > 0.0f ? x : 0.0f) + LOG(1.0f + EXP(x > 0.0f ? -(x) : x)))
 // 1 - exp(x) for x <= 0 without cancellation: its series, to float32's resolution, where x is small
 #define SERIES(x) (1.0f + x / 2.0f * (1.0f + x / 3.0f * (1.0f + x / 4.0f * (1.0f + x / 5.0f * (1.0f + x / 6.0f)))))
 #define ONE_MINUS_EXP(x) (x < -0.25f ? 1.0f - EXP(x) : -x * SERIES(x))
@@ -16,9 +17,10 @@ STEP_HEADER = """
 STEP = """
     constexpr int QUADS = N / 4 / LANES;
     constexpr int PASSES = NORM ? N / ROWS : 1;
-    const int heads = r_shape[2], value_heads = k_shape[2];
+    const int heads = r_shape[2], key_heads = k_shape[2], value_heads = v_shape[2];
     const int part = me % LANES, first_row = group.x * ROWS + me / LANES;
     const size_t head = size_t(group.z) * heads + group.y;
+    const size_t key_head = size_t(group.z) * key_heads + group.y / (heads / key_heads);
     const size_t value_head = size_t(group.z) * value_heads + group.y / (heads / value_heads);
     SHARED float4 shared_r[N / 4];
     SHARED float4 shared_w[N / 4];
@@ -27,6 +29,9 @@ STEP = """
     SHARED float4 shared_a[N / 4];
     SHARED float4 shared_b[N / 4];
 #endif
+#if BONUS
+    SHARED float4 shared_again[N / 4];
+#endif
     SHARED float shared_p[N];
     const bool counts = !MASKED || float(real[group.z]) != 0.0f;  // padding leaves the state as it is
 
@@ -34,11 +39,14 @@ STEP = """
     EACH(q, QUADS) S[q] = get4(state + (head * N + first_row) * N + 4 * (q * LANES + part));
     if (me < N) {
         const size_t x = head * N + me;
-        float key = float(k[value_head * N + me]);
+        float key = float(k[key_head * N + me]);
 #if DELTA
         const float log_of_w = limits[1] * SIGMOID(float(d[x]));
         const float of_rate = SIGMOID(float(rate[x]));
         float kappa = key, of_b = of_rate;
+#if HXA
+        key *= of_rate + (TRUE_DECAY ? ONE_MINUS_EXP(log_of_w) : 1.5f + SOFTPLUS(-float(d[x])));
+#else
         if (VARIANT == 2) {
             key *= of_rate + ONE_MINUS_EXP(log_of_w);
         } else {
@@ -47,6 +55,7 @@ STEP = """
             key *= factor;
             if (VARIANT == 0) of_b = factor;
         }
+#endif
         ((SHARED_FLOATS)shared_a)[me] = counts ? kappa : 0.0f;
         ((SHARED_FLOATS)shared_b)[me] = kappa * of_b;
 #else
@@ -57,6 +66,9 @@ STEP = """
         ((SHARED_FLOATS)shared_r)[me] = float(r[x]);
         ((SHARED_FLOATS)shared_w)[me] = counts ? EXP(log_of_w) : 1.0f;
         ((SHARED_FLOATS)shared_k)[me] = counts ? key : 0.0f;
+#if BONUS
+        ((SHARED_FLOATS)shared_again)[me] = float(r_k[group.y * N + me]) * key;
+#endif
     }
     BARRIER();
 #if DELTA
@@ -65,12 +77,19 @@ STEP = """
     square = sum_lanes<LANES>(square);
     const float inverse = 1.0f / (square > 1e-24f ? square : 1e-24f);
 #endif
+#if BONUS
+    float bonus = 0.0f;
+    EACH(q, QUADS) bonus = dot4(shared_r[q * LANES + part], shared_again[q * LANES + part], bonus);
+    bonus = sum_lanes<LANES>(bonus);
+#endif
     for (int pass = 0; pass < PASSES; ++pass) {
         const int row = first_row + pass * ROWS;
         const size_t x = head * N + row;
         float value = float(v[value_head * N + row]);
 #if DELTA
+#if !HXA
         if (RESIDUAL) value += (float(carry[x]) - value) * SIGMOID(float(mix[x]));
+#endif
         float removed = 0.0f;
         EACH(q, QUADS) removed = dot4(S[q], shared_a[q * LANES + part], removed);
         removed = -inverse * sum_lanes<LANES>(removed);
@@ -87,6 +106,9 @@ STEP = """
             if (pass + 1 < PASSES) S[q] = get4(state + (head * N + row + ROWS) * N + 4 * at);
         }
         sum = limits[0] * sum_lanes<LANES>(sum);
+#if BONUS
+        sum += bonus * value;
+#endif
         if (part == 0 && NORM) shared_p[row] = sum;
         if (part == 0 && !NORM) put(p + x, sum * (GATE == 0 ? 1.0f : GATE == 1 ? float(gate[x]) : SIGMOID(float(gate[x]))));
     }
@@ -103,12 +125,28 @@ STEP = """
         }
     }
 """
+def defined(**flags: int) -> str:
+    """A #define line for each flag."""
+    return "".join(f"#define {name} {value}\n" for name, value in flags.items())
+
+
 GATES = {"none": 0, "lowrank": 1, "full": 2}
 VARIANTS = {"A": 0, "B": 1, "C": 2}
 STEP_INPUTS = ("r", "k", "v", "d", "gate", "norm_weight", "norm_bias", "real", "state", "limits")
-STEP6 = GpuKernel("rwkv6_step", STEP_INPUTS, ("p", "last"), STEP, "#define DELTA 0\n" + STEP_HEADER)
+STEP_OUTPUTS = ("p", "last")
+STEP6 = GpuKernel("rwkv6_step", STEP_INPUTS, STEP_OUTPUTS, STEP, defined(DELTA=0, HXA=0, BONUS=0) + STEP_HEADER)
 STEP7 = GpuKernel(
-    "rwkv7_step", (*STEP_INPUTS, "rate", "k_k", "k_a", "carry", "mix"), ("p", "last"), STEP, "#define DELTA 1\n" + STEP_HEADER
+    "rwkv7_step",
+    (*STEP_INPUTS, "rate", "k_k", "k_a", "carry", "mix"),
+    STEP_OUTPUTS,
+    STEP,
+    defined(DELTA=1, HXA=0, BONUS=0) + STEP_HEADER,
+)
+HXA_STEP = GpuKernel(
+    "hxa_step", (*STEP_INPUTS, "rate"), STEP_OUTPUTS, STEP, defined(DELTA=1, HXA=1, BONUS=0) + STEP_HEADER
+)
+HXA_BONUS_STEP = GpuKernel(
+    "hxa_bonus_step", (*STEP_INPUTS, "rate", "r_k"), STEP_OUTPUTS, STEP, defined(DELTA=1, HXA=1, BONUS=1) + STEP_HEADER
 )
 NO_LIMIT = -1e30
 
@@ -131,7 +169,7 @@ def fused_step6(
     N = q.shape[-1]
     limits = constant(N**-0.5, NO_LIMIT if options.clamp is None else options.clamp)
     arrays = [q, k, v, d, *padded(q, gate, norm, mask), state, limits]
-    return run_step(STEP6, arrays, norm, mask, options, BALANCE=options.balance)
+    return run_step(STEP6, arrays, norm, mask, GATE=GATES[options.gate], BALANCE=options.balance)
 
 
 def fused_step7(
@@ -157,7 +195,32 @@ def fused_step7(
     N = r.shape[-1]
     limits = constant(1.0 if options.groupnorm else N**-0.5, min_log_w)
     arrays = [r, k, v, d, *padded(r, gate, norm, mask), state, limits, rate, *keys, *(residual or (r, r))]
-    return run_step(STEP7, arrays, norm, mask, options, VARIANT=VARIANTS[options.variant], RESIDUAL=residual is not None)
+    variant = VARIANTS[options.variant]
+    return run_step(STEP7, arrays, norm, mask, GATE=GATES[options.gate], VARIANT=variant, RESIDUAL=residual is not None)
+
+
+def fused_step_hxa(
+    r: mx.array,
+    k: mx.array,
+    v: mx.array,
+    d: mx.array,
+    rate: mx.array,
+    gate: mx.array,
+    r_k: mx.array | None,
+    mask: mx.array | None,
+    state: mx.array,
+    true_decay: bool,
+    min_log_w: float,
+) -> tuple[mx.array, mx.array]:
+    """H.2, H.3 and H.6-H.10 of one token: the gated p (B, 1, C) in r's type and the next state.
+
+    r (B, 1, H, N), k (B, 1, Hkv, N), v of H or Hkv heads, both mixed (H.4, H.5); d, `rate` (before its sigmoid) and `gate`
+    (B, 1, C); r_k (H, N) with the bonus.
+    """
+    limits = constant(r.shape[-1] ** -0.5, min_log_w)
+    arrays = [r, k, v, d, *padded(r, gate, None, mask), state, limits, rate, *([] if r_k is None else [r_k])]
+    kernel = HXA_STEP if r_k is None else HXA_BONUS_STEP
+    return run_step(kernel, arrays, None, mask, GATE=GATES["lowrank"], TRUE_DECAY=true_decay)
 
 
 def padded(
@@ -172,7 +235,6 @@ def run_step(
     arrays: list[mx.array],
     norm: tuple[mx.array, mx.array] | None,
     mask: mx.array | None,
-    options: MixerOptions,
     **variant: int | bool,
 ) -> tuple[mx.array, mx.array]:
     """Launch: one threadgroup per ROWS rows, or per head where a norm joins its rows."""
@@ -187,7 +249,6 @@ def run_step(
         LANES=LANES[N],
         NORM=norm is not None,
         MASKED=mask is not None,
-        GATE=GATES[options.gate],
         **variant,
     )
     return out, last
