@@ -187,6 +187,21 @@ def declare_gate(module: Any, spec: ModelSpec) -> None:
         declare(module, g1=(spec.D, spec.ranks.gate), g2=(spec.ranks.gate, spec.C))
 
 
+def with_base(h: Tensor, matrix: Tensor, base: Tensor) -> Tensor:
+    """h (..., R) @ matrix (R, C) + base (C values), or many such products: h (n, T, R), matrix (n, R, C), base (n, 1, C).
+
+    Where base learns it is one more row of the matrix, so that its gradient comes with the matrix's instead of from another
+    pass over that of the result. Rows up to a multiple of 8 are zeros: products are read 16 bytes at a time. The sum is rounded
+    to h's dtype, so this is not for decays, whose base is large beside what is added to it.
+    """
+    base = base.view(*matrix.shape[:-2], 1, matrix.shape[-1])
+    if not (torch.is_grad_enabled() and base.requires_grad):
+        return base + h @ matrix
+    spare = 7 - h.shape[-1] % 8
+    with_one = F.pad(F.pad(h, (0, 1), value=1.0), (0, spare))
+    return with_one @ F.pad(torch.cat([matrix, base], -2), (0, 0, 0, spare))
+
+
 def unit(k: Tensor) -> Tensor:
     """7.4, H.6: k over its norm per head, at least 1e-12, computed in float32."""
     return F.normalize(k.float(), dim=-1, eps=1e-12).to(k.dtype)

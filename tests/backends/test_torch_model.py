@@ -171,3 +171,20 @@ def test_what_is_joined() -> None:
         torch.testing.assert_close(part, wanted)
     memory = [part.untyped_storage().data_ptr() for part in parts]
     assert memory[1] == memory[3] and len(set(memory)) == 3
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (8, 5), (3, 2, 4)], ids=str)
+def test_base_as_a_row_of_the_matrix(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    *many, rank, width = shape
+    h, matrix, base = (
+        torch.randn(*many, n, m, dtype=torch.float64, generator=generator, requires_grad=True)
+        for n, m in ((6, rank), (rank, width), (1, width))
+    )
+    outs = layers.with_base(h, matrix, base), base + h @ matrix
+    with torch.no_grad():
+        assert torch.equal(layers.with_base(h, matrix, base), outs[1])
+    torch.testing.assert_close(*outs)
+    probe = torch.randn(outs[0].shape, dtype=torch.float64, generator=generator)
+    for mine, wanted in zip(*(torch.autograd.grad((out * probe).sum(), (h, matrix, base)) for out in outs), strict=True):
+        torch.testing.assert_close(mine, wanted)

@@ -5,7 +5,17 @@ from torch import Tensor
 
 from radlads.backends.torch.kernels.decode import wkv6_step
 from radlads.backends.torch.kernels.wkv6 import wkv6
-from radlads.backends.torch.layers import HeadNorm, Projections, declare, declare_gate, gate_of, gated, products, repeat_heads
+from radlads.backends.torch.layers import (
+    HeadNorm,
+    Projections,
+    declare,
+    declare_gate,
+    gate_of,
+    gated,
+    products,
+    repeat_heads,
+    with_base,
+)
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.spec import ModelSpec
 
@@ -83,9 +93,9 @@ class Rwkv6Mixer(Projections):
         """6.1, 6.2: five mixes of x and the previous token, in the order r, k, v, w, g."""
         delta = previous - x
         slots = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
-        mixes = torch.einsum("btsr,srd->sbtd", slots, self.time_maa_w2)
-        bases = (self.time_maa_r, self.time_maa_k, self.time_maa_v, self.time_maa_w, self.time_maa_g)
-        return tuple(x + delta * (base + mix) for base, mix in zip(bases, mixes.unbind(0), strict=True))
+        bases = torch.cat((self.time_maa_r, self.time_maa_k, self.time_maa_v, self.time_maa_w, self.time_maa_g))
+        mixes = with_base(slots.flatten(0, 1).transpose(0, 1), self.time_maa_w2, bases)
+        return tuple(x + delta * mix.view_as(x) for mix in mixes)
 
 
 def last_real(x: Tensor, state: LayerState, mask: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from radlads.backends.torch.layers import (
     gated,
     repeat_heads,
     unit,
+    with_base,
 )
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.spec import ModelSpec
@@ -55,7 +56,7 @@ class Rwkv7Mixer(Projections):
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         w0 = 2 * self.w0 if opts.variant == "A" else self.w0
         log_w = self.heads(RWKV7_MIN_LOG_W * torch.sigmoid((w0 + torch.tanh(x_w) @ self.w2).float()))  # 7.2
-        a = self.heads(torch.sigmoid(self.a0 + x_a @ self.a2))  # 7.3
+        a = self.heads(torch.sigmoid(with_base(x_a, self.a2, self.a0)))  # 7.3
         if opts.variant == "C":  # 7.4
             kappa = unit(k)
             beta = kappa * a
@@ -67,7 +68,7 @@ class Rwkv7Mixer(Projections):
             k = k * key_scale
         if later:  # 7.5
             x_v, *rest = rest
-            v = torch.lerp(v, carry["v_first"], self.heads(torch.sigmoid(self.v0 + x_v @ self.v2)))
+            v = torch.lerp(v, carry["v_first"], self.heads(torch.sigmoid(with_base(x_v, self.v2, self.v0))))
         else:
             carry["v_first"] = v
         if mask is not None:
