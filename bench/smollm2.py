@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from radlads.cli.launch import has_gpu
 from radlads.difficulty import read_difficulty, suggested
 from radlads.recipe import load_recipe
 
@@ -263,7 +264,8 @@ class Bench:
         if not four_bits.exists():
             self.radlads("convert", student, "--to", "mlx", "-q", "--output-dir", four_bits)
         rows = []
-        contexts = CONTEXTS if self.options.scale == 1 else (64,)
+        contexts = self.options.contexts if self.options.scale == 1 else [64]
+        cards = self.options.gpus.split(",")[:1] if has_gpu() else []
         models = (
             ("teacher", teacher, "torch"),
             ("RAD-RWKV7", student, "torch"),
@@ -271,7 +273,7 @@ class Bench:
             ("RAD-RWKV7, 4 bits", four_bits, "mlx"),
         )
         for title, model, backend in models:
-            for gpu in ("", self.options.gpus.split(",")[0]) if backend == "torch" else ("",):
+            for gpu in ("", *cards) if backend == "torch" else ("",):
                 for length in contexts:
                     words = [
                         "generate",
@@ -324,6 +326,7 @@ def main() -> None:
     parser.add_argument("--corpus", default=str(shared / "text" / "corpus100.train.txt.xz"), help="text of books to train on")
     parser.add_argument("--valid", default=str(shared / "text" / "corpus.valid.txt.xz"), help="held-out books")
     parser.add_argument("--eval-data", default=str(shared / "eval"), help="folder with lambada*.jsonl and blimp*.jsonl")
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens of context of the part use")
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs, comma-separated")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the tokens; below 1 everything is small, to try it out"
