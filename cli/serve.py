@@ -68,7 +68,7 @@ def serve(options: ServeOptions) -> ServeResult:
     if folder.spec.kept_layers:
         note(f"note: {len(folder.spec.kept_layers)} softmax layers grow with every token of a sequence")
     if not tokenizer.has_chat_template:
-        note("note: this model has no chat template; only /v1/completions works")
+        note("note: this model has no chat template; a chat's messages are continued as one text")
     shown = f"[{options.host}]" if ":" in options.host else options.host
     note(f"http://{shown}:{options.port}/ is the chat page, http://{shown}:{options.port}/v1 the API; Ctrl-C stops")
     app = create_app(worker, settings)

@@ -17,7 +17,7 @@ import numpy as np
 from radlads.engine import Engine, Logits
 from radlads.errors import fail
 from radlads.sampling import PENALTY_WINDOW, Sampling, pick
-from radlads.tokenizer import Message, StreamDecoder, Tokenizer
+from radlads.tokenizer import Message, StreamDecoder, Tokenizer, continued
 
 PREFILL_STEP = 1024  # tokens fed at once, so that the memory for a prompt does not grow with its length
 
@@ -335,8 +335,7 @@ class Session:
     def _prompt(self, said: str) -> tuple[list[int], str]:
         """Ids and text of everything up to the answer to `said`."""
         if self.plain:
-            joint = "\n" if self.text and not self.text[-1].isspace() else ""
-            full = self.text + joint + said
+            full = continued(self.text, said)
         else:
             full = self.tokenizer.chat(self._messages(said))
         if self.ids and full.startswith(self.text):

@@ -32,6 +32,11 @@ MAX_RENDER_SECONDS = 5.0
 Message = dict[str, str]
 
 
+def continued(text: str, said: str) -> str:
+    """A conversation without a template after someone said something: on a line of its own."""
+    return text + ("\n" if text and not text[-1].isspace() else "") + said
+
+
 class Tokenizer:
     """The tokenizer of a model folder; R206 when a file is missing, broken or names ids beyond `vocab_size`."""
 
@@ -102,6 +107,15 @@ class Tokenizer:
             return _render(self._template_source, variables)
         except Exception as error:  # a template can fail in every way Python can
             raise _unusable(self.path, f"the chat template fails: {error or type(error).__name__}") from None
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The prompt text of `messages`: the template's, or without a template all of them as one text to go on with."""
+        if self.has_chat_template:
+            return self.chat(messages)
+        text = ""
+        for message in messages:
+            text = text + message["content"] if message["role"] == "assistant" else continued(text, message["content"])
+        return text
 
     def _special_text(self, name: str) -> str:
         value = self._config.get(name)

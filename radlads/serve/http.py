@@ -104,7 +104,7 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
     async def chat(request: Request) -> Response:
         wanted = await read(request, ChatRequest)
         try:
-            text = worker.tokenizer.chat([message.plain() for message in wanted.messages])
+            text = worker.tokenizer.prompt([message.plain() for message in wanted.messages])
         except RadladsError as error:
             raise Refusal(400, error.why, param="messages") from None
         return await server.answer(request, wanted, text, ChatForm(settings.name))
@@ -230,7 +230,8 @@ class Server:
         if wanted.model not in (settings.name, "default"):
             raise Refusal(404, "there is no such model; /v1/models lists the one that is served", param="model")
         try:
-            ids = self.worker.tokenizer.encode(prompt, add_special=isinstance(form, TextForm))
+            templated = isinstance(form, ChatForm) and self.worker.tokenizer.has_chat_template  # it writes its own first token
+            ids = self.worker.tokenizer.encode(prompt, add_special=not templated)
         except RadladsError as error:
             raise Refusal(400, error.why) from None
         if not ids:

@@ -157,6 +157,27 @@ def test_a_template_that_fails_is_a_400(start: Start, tmp_path: Path) -> None:
     alive(address)
 
 
+def test_without_a_template_a_chat_is_one_text(start: Start, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    served = tiny_teacher(tmp_path / "teacher")
+    settings = json.loads((served / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (served / "tokenizer_config.json").write_text(json.dumps(settings))
+    for extra in served.glob("chat_template*"):
+        extra.unlink()
+    address, worker = start()
+    worker.tokenizer = Tokenizer(served)
+    messages = [{"role": "system", "content": "A tale."}, {"role": "user", "content": "Once upon"}]
+    with client(address) as ai:
+        first = ai.chat.completions.create(model="toy", messages=messages, max_tokens=3, temperature=0)
+        text = first.choices[0].message.content
+        plain = ai.completions.create(model="toy", prompt="A tale.\nOnce upon", max_tokens=3, temperature=0)
+        assert plain.choices[0].text == text and plain.usage.prompt_tokens == first.usage.prompt_tokens
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "and then"}]
+        second = ai.chat.completions.create(model="toy", messages=messages, max_tokens=1, temperature=0)
+        whole = "A tale.\nOnce upon" + text + ("" if text[-1].isspace() else "\n") + "and then"
+        assert second.usage.prompt_tokens == len(tokenizer.encode(whole, add_special=True))
+
+
 def test_a_key_guards_every_route_but_the_page(start: Start) -> None:
     address, _ = start(key="secret")
     with httpx.Client(base_url=address) as http:
