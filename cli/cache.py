@@ -54,7 +54,7 @@ def cache(options: CacheOptions) -> CacheResult:
     opening = script_of(tokenizer.chat, folder.path).opening if templated else ""
     ids = tokenizer.encode(opening + text, add_special=not templated)
     if not ids:
-        raise fail("R101", where="prompt", why="it is empty", fix="Give some text")
+        raise fail("R101", where="the prompt", why="it is empty", fix="Give some text")
     context, began, report = Context(engine), time.perf_counter(), progress_lines("reading")
     for end in range(STEP, len(ids), STEP):
         context.reach(ids[:end])

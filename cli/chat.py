@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from radlads.cli.options import ModelOptions, SamplingOptions, opt
-from radlads.cli.render import size
+from radlads.cli.render import counted, size
 from radlads.cli.screen import Screen
-from radlads.errors import RadladsError, fail
+from radlads.errors import RadladsError, fail, nearest
 
 if TYPE_CHECKING:
     from radlads.session import Generation, Session
@@ -71,7 +71,7 @@ def chat(options: ChatOptions) -> ChatResult:
     spec = folder.spec
     recurrent = spec.L - len(spec.kept_layers)
     screen.welcome(
-        folder.path.resolve().name,
+        folder.name,
         f"{spec.recurrent or 'softmax'}, {recurrent} of {spec.L} layers recurrent, {spec.parameters() / 1e6:,.1f}M parameters, "
         f"{engine.name} on {engine.device}",
     )
@@ -211,14 +211,14 @@ class Chat:
             session=session.record(),
             token_ids=session.ids,
         )
-        self.screen.say(f"kept {len(session.turns)} messages in {file} ({size(written)})")
+        self.screen.say(f"kept {counted(len(session.turns), 'message')} in {file} ({size(written)})")
 
     def load(self, file: str) -> None:
         """Take up a conversation from a file, or change nothing if that fails."""
         session = self.session.fork()
         restore(session, path_of(file, "/load"), self.fingerprint)
         self.session = session
-        self.screen.say(f"taken up: {len(session.turns)} messages, {len(session.ids):,} tokens")
+        self.screen.say(f"taken up: {counted(len(session.turns), 'message')}, {counted(len(session.ids), 'token')}")
 
     def tokens(self, _: str) -> None:
         """Show the length of the conversation and the size of the state."""
@@ -241,7 +241,7 @@ def path_of(file: str, command: str) -> str:
 
 
 def restore(session: "Session", file: str, fingerprint: str) -> None:
-    """Take up the conversation of a file. R201, R202 or R304 when the file cannot be used."""
+    """Take up the conversation of a file. R201 or R304 when the file cannot be used."""
     from radlads.states import load_state, unusable
 
     saved = load_state(file, fingerprint)
@@ -275,8 +275,6 @@ def number(name: str, raw: str) -> float | int:
 
 def unknown(word: str, known: list[str]) -> RadladsError:
     """R101 with the nearest known word."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, known, 1)
-    fix = f"The nearest is {near[0]}" if near else "/help lists the commands"
+    near = nearest(word, known)
+    fix = f"The nearest is {near}" if near else "/help lists the commands"
     return fail("R101", where=word, why="there is no such command or setting", fix=fix)

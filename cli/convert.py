@@ -2,10 +2,12 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from radlads.cli.options import arg, opt
 from radlads.cli.render import Table, note, progress, size
+from radlads.errors import fail
 
 
 @dataclass(kw_only=True)
@@ -19,15 +21,15 @@ class ConvertOptions:
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = opt(None, "Type of the weights, instead of their own.")
     quantize: bool = opt(False, "Quantise for MLX (affine).", "--quantize", "-q")
-    q_bits: int = opt(4, "Bits of a quantised weight: 2, 3, 4, 5, 6 or 8.")
-    q_group_size: int = opt(64, "Weights that share a scale: 32, 64 or 128.")
+    q_bits: int | None = opt(None, "Bits of a quantised weight: 2, 3, 4, 5, 6 or 8; 4 by default.", metavar="N")
+    q_group_size: int | None = opt(None, "Weights that share a scale: 32, 64 or 128; 64 by default.", metavar="N")
     config: str | None = opt(None, "config.json or the teacher's folder, for a .pth; an adapter's model.", metavar="DIR_OR_JSON")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7, where its tensors cannot tell.")
     stage: Literal["0", "1", "2", "3"] | None = opt(None, "Stage of a student whose files do not say.")
     allow_nonfinite: bool = opt(False, "Take weights that hold NaN or infinity.", "--allow-nonfinite")
     output_dir: str = opt("converted", "Folder to write; or a file, if it ends in .gguf or .pth.", metavar="PATH")
     overwrite: bool = opt(False, "Replace the output if it exists.", "--overwrite")
-    quiet: bool = opt(False, "No progress.", "--quiet")
+    quiet: bool = opt(False, "Show no progress.", "--quiet")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
 
@@ -61,6 +63,7 @@ def convert(options: ConvertOptions) -> ConvertResult:
     """Write the model, or the adapter, in another format; R101, R2xx, R4xx, and then nothing is written."""
     from radlads.adapters import is_adapter
 
+    check(options)
     if is_adapter(options.source):
         return convert_adapter(options)
     from radlads.weights_tools.convert import convert as run
@@ -68,8 +71,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
 
     writing = Writing(
         dtype=DTYPES[options.dtype] if options.dtype else None,
-        bits=options.q_bits if options.quantize else None,
-        group_size=options.q_group_size,
+        bits=(options.q_bits or 4) if options.quantize else None,
+        group_size=options.q_group_size or 64,
         layout=options.layout,
     )
     notices: list[str] = []
@@ -104,12 +107,24 @@ def convert(options: ConvertOptions) -> ConvertResult:
     )
 
 
+def check(options: ConvertOptions) -> None:
+    """R101 for flags that contradict one another, before anything is read."""
+    from radlads.weights_tools.convert import FILE_SUFFIXES
+
+    for flag, value in (("--q-bits", options.q_bits), ("--q-group-size", options.q_group_size)):
+        if value is not None and not options.quantize:
+            raise fail("R101", where=flag, why="it has no meaning without --quantize", fix="Add -q, or leave it out")
+        if value == 0:
+            raise fail("R101", where=flag, why="it is 0", fix="Give one of the numbers in `radlads convert --help`")
+    for form, ending in FILE_SUFFIXES.items():
+        if Path(options.output_dir).suffix == ending and options.to != form:
+            why = f"a name ending in {ending} is no place for {options.to}"
+            raise fail("R101", where=f"--output-dir {options.output_dir}", why=why, fix=f"Add --to {form}, or name a folder")
+
+
 def convert_adapter(options: ConvertOptions) -> ConvertResult:
     """Write an adapter in mlx-lm's format (mlx) or peft's (hf). R101 where neither the flag nor its config names its model."""
-    from pathlib import Path
-
     from radlads.adapters import base_of, rewrite_adapter
-    from radlads.errors import fail
     from radlads.folder import open_folder
 
     if options.to not in ("hf", "mlx") or options.quantize:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from radlads.cli.options import opt
-from radlads.cli.render import Table, size
+from radlads.cli.render import Table, counted, size
 
 # package -> what it is for, and the command that installs it
 PACKAGES = {
@@ -21,8 +21,13 @@ PACKAGES = {
     "triton": ("GPU kernels of the torch backend", "comes with PyTorch on Linux with a GPU"),
     "mlx": ("the MLX backend", "pip install 'radlads[mlx]'"),
     "mlx-lm": ("the MLX backend", "pip install 'radlads[mlx]'"),
-    "transformers": ("loading our folders in transformers", "pip install transformers"),
-    "matplotlib": ("plots of a run", "pip install matplotlib"),
+    "pyarrow": ("training data", "pip install 'radlads[train]'"),
+    "matplotlib": ("plots of a run", "pip install 'radlads[train]'"),
+    "datasets": ("Hugging Face datasets", "pip install 'radlads[data]'"),
+    "transformers": ("loading our folders in transformers", "pip install 'radlads[hf]'"),
+    "peft": ("fine-tuning on the torch backend", "pip install 'radlads[finetune]'"),
+    "lm-eval": ("tasks of radlads eval", "pip install 'radlads[eval]'"),
+    "fastapi": ("radlads serve", "pip install 'radlads[serve]'"),
 }
 # MLX's wheel for Linux brings the reference BLAS, which multiplies one number at a time.
 SLOW_PRODUCTS = 16e9
@@ -116,7 +121,7 @@ def torch_backend() -> Finding:
         torch = import_module("torch")
         import_module("radlads.backends.torch.engine")
         device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-        return Finding("backend torch", GOOD, f"{device}, {torch.get_num_threads()} threads")
+        return Finding("backend torch", GOOD, f"{device}, {counted(torch.get_num_threads(), 'thread')}")
     except Exception as error:  # a broken installation fails in its own ways
         return Finding("backend torch", BROKEN, f"{type(error).__name__}: {error}", "pip install --force-reinstall torch")
 

@@ -91,6 +91,8 @@ class EvalResult:
                 row += ["" if f.teacher is None else f"{f.teacher:.4f}", kept, span]
             rows.append(row)
         yield Table(columns, rows, right=tuple(columns[2:]))
+        if self.exit_status:
+            yield "NOT MET: a task keeps less of the teacher than --min-relative asks for."
         for shown in self.answers:
             yield f"\n> {shown.prompt}\nmodel: {shown.model}"
             if shown.against is not None:
@@ -154,6 +156,9 @@ def check(options: EvalOptions) -> None:
     if ("bits" in names or "kl" in names) and options.text is None:
         why, fix = "bits and kl need a held-out text", "Give one with `--text FILE`, or leave them out of `--tasks`"
         raise fail("R101", where="--text", why=why, fix=fix)
+    for flag, file in (("--text", options.text), ("--prompts", options.prompts)):
+        if file is not None and not Path(file).is_file():
+            raise fail("R201", where=f"{flag} {file}", why="there is no such file", fix="Check the path")
     if "kl" in names and options.against is None:
         raise fail("R101", where="--tasks kl", why="there is no teacher to compare with", fix="Give one with `--against DIR`")
     for name, least in (("limit", 1), ("recall_items", 1), ("window", 2), ("draws", 100), ("max_tokens", 1)):
@@ -170,15 +175,16 @@ def measure(model: "OpenModel", options: EvalOptions, title: str) -> list[Measur
     from radlads.evals.recall import TASKS, recall_items, recalled
     from radlads.evals.statistics import mean
 
-    names = options.tasks.split(",")
+    names, shown = options.tasks.split(","), progress_lines(title)
     found = harness_tasks(model, options, [name for name in names if name not in ("bits", "recall", "kl")], title)
     if "bits" in names:
         found.append(bits(model, options, title))
-    for length in lengths(options) if "recall" in names else ():
-        for task in TASKS:
-            items = recall_items(task, model.tokenizer, length, options.recall_items, options.seed)
-            right = np.array(recalled(model.engine, items), np.float64)
-            found.append(Measured(f"{task} {length}", "accuracy", (right,), mean, 0.0))
+    rounds = [(length, task) for length in lengths(options) for task in TASKS] if "recall" in names else []
+    for done, (length, task) in enumerate(rounds, 1):
+        items = recall_items(task, model.tokenizer, length, options.recall_items, options.seed)
+        right = np.array(recalled(model.engine, items), np.float64)
+        found.append(Measured(f"{task} {length}", "accuracy", (right,), mean, 0.0))
+        shown(done, len(rounds))
     return found
 
 

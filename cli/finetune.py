@@ -112,11 +112,14 @@ class FinetuneResult:
 def finetune(options: FinetuneOptions) -> FinetuneResult:
     """Train an adapter, or go on with it, and measure it."""
     from radlads.backends import choose_backend
+    from radlads.cli.trackers import library_of
     from radlads.folder import open_folder
     from radlads.tokenizer import Tokenizer
     from radlads.tuning.examples import check_data
     from radlads.tuning.settings import load_tuning
 
+    for tracker in options.report_to:
+        library_of(tracker)
     tuning = load_tuning(options.config, options.given())
     folder = open_folder(tuning.model)
     check_data(tuning.data)

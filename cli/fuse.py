@@ -16,7 +16,7 @@ class FuseOptions:
     save_path: str = opt("fused_model", "Folder to write.", "--save-path", "--output-dir", metavar="DIR")
     dequantize: bool = opt(False, "Write floats where the model is quantised.", "--dequantize")
     overwrite: bool = opt(False, "Replace the output if it exists.", "--overwrite")
-    quiet: bool = opt(False, "No progress.", "--quiet")
+    quiet: bool = opt(False, "Show no progress.", "--quiet")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
 

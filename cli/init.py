@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from radlads.cli.options import StudentArch, arg, opt
 from radlads.cli.render import Table, note
-from radlads.errors import fail
+from radlads.errors import fail, nearest
 
 if TYPE_CHECKING:
     from radlads.folder import ModelFolder
@@ -130,8 +130,6 @@ def factors(text: str) -> tuple[float, ...]:
 
 def mixer_flags(options: InitOptions) -> dict[str, Any]:
     """The mixer's flags from `--set` and `--variant`, each of its type; R101 with the nearest name."""
-    from difflib import get_close_matches
-
     from radlads.recipe_yaml import parse_value
     from radlads.spec import MixerOptions
 
@@ -141,8 +139,8 @@ def mixer_flags(options: InitOptions) -> dict[str, Any]:
         key, sign, raw = text.partition("=")
         name = key.strip().removeprefix("student.").removeprefix("options.")
         if not sign or name not in known:
-            near = get_close_matches(name, known, 1)
-            fix = f"The nearest is student.{near[0]}" if near else f"Known: {', '.join(f'student.{flag}' for flag in known)}"
+            near = nearest(name, known)
+            fix = f"The nearest is student.{near}" if near else f"Known: {', '.join(f'student.{flag}' for flag in known)}"
             raise fail("R101", where=f"--set {text}", why=f"{name!r} is no flag of a mixer", fix=fix)
         value = parse_value(raw, f"--set {text}")
         value = float(value) if known[name] == float | None and type(value) is int else value

@@ -2,6 +2,7 @@
 it is run."""
 
 from collections.abc import Mapping
+import re
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from radlads.weights_tools.diff import Difference
     from radlads.weights_tools.formats.format import Source
 
+HASH = re.compile("[0-9a-f]{64}")
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -251,7 +253,9 @@ def _event(event: object) -> str:
 
 
 def _short(value: object) -> object:
-    """A table by the name in it, a list by its length; anything else as it is."""
+    """A table by the name in it, a list by its length, a hash by its beginning; anything else as it is."""
     if isinstance(value, dict):
         return value.get("repository") or value.get("name") or f"of {len(value)} entries"
+    if isinstance(value, str) and HASH.fullmatch(value):
+        return value[:12]
     return f"({len(value)})" if isinstance(value, list) else value

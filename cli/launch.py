@@ -65,7 +65,7 @@ def launch(options: LaunchOptions) -> LaunchResult:
         fix = "Use --executor slurm, or print the line for each machine"
         raise fail("R101", where="--nodes", why="the local executor has one machine", fix=fix)
     minutes(options.time)
-    recipe = checked_inputs(options)
+    recipe, _ = checked_inputs(options)
     folder = run_folder(options, recipe)
     if options.executor == "print":
         return printed(options, folder)

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import traceback
-from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -14,7 +13,7 @@ from radlads import __version__
 from radlads.cli.bind import bind, epilog
 from radlads.cli.render import forget_output
 from radlads.cli.verbs import GROUPS, VERBS, Verb
-from radlads.errors import RadladsError, fail, printable
+from radlads.errors import RadladsError, fail, nearest, printable
 
 # Spellings of other tools; `--top_p` is taken for `--top-p` as well.
 SYNONYMS = {"temperature": "temp", "max-new-tokens": "max-tokens"}
@@ -95,9 +94,9 @@ def _usage(error: Any) -> RadladsError:
     where = context.command_path if context is not None else "radlads"
     why, _, guess = " ".join(error.format_message().split()).partition(" Did you mean ")
     why = why.replace("Value error, ", "").replace("Input should be", "it must be")
-    near = get_close_matches(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), 1)
+    near = nearest(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or ())
     if near:
-        why, guess = f"no such option {error.option_name}", f"{near[0]}?"
+        why, guess = f"no such option {error.option_name}", f"{near}?"
     fix = f"Did you mean {guess}" if guess else f"See `{where} --help`."
     return RadladsError("R101", where, printable(why.rstrip(".")), fix)
 

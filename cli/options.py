@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from radlads.engine import Engine
     from radlads.folder import ModelFolder
+    from radlads.recipe import Recipe
     from radlads.sampling import Sampling
     from radlads.states import SavedState
     from radlads.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ class StateOptions:
     save_state: str | None = opt(None, "Write the state after the last token to this file.", panel="State", metavar="FILE")
 
     def loaded(self, opened: OpenModel) -> "SavedState | None":
-        """The state to go on from, None without one. R201, R202 or R304 when the file cannot be used."""
+        """The state to go on from, None without one. R201 or R304 when the file cannot be used."""
         if self.load_state is None:
             return None
         from radlads.states import load_state, model_fingerprint
@@ -113,3 +114,11 @@ class SamplingOptions:
 
         seed = self.seed if self.seed is not None else secrets.randbits(31) if self.temp else 0
         return Sampling(self.temp, self.top_p, self.top_k, self.min_p, self.repetition_penalty, seed)
+
+
+def overridden_recipe(recipe: str | None, teacher: str | None, student_arch: str | None, changes: list[str]) -> "Recipe":
+    """The recipe of that name or file with --set, --student-arch and --teacher applied. Raises as `load_recipe`."""
+    from radlads.recipe import load_recipe
+
+    flags = {"student.arch": student_arch, "teacher": teacher}
+    return load_recipe(recipe, [*changes, *(f"{key}={value}" for key, value in flags.items() if value)])

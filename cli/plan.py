@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from radlads.cli.options import arg, opt
+from radlads.cli.options import StudentArch, arg, opt, overridden_recipe
 from radlads.cli.render import Table
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ class PlanOptions:
 
     recipe: str | None = arg("Name of a built-in recipe or a YAML file; tiny without one.", metavar="RECIPE", default=None)
     teacher: str | None = opt(None, "A teacher's folder, or the name of a known one, instead of the recipe's.", metavar="TEACHER")
-    student_arch: str | None = opt(None, "Mixer of the student, instead of the recipe's.", metavar="ARCH")
+    student_arch: StudentArch | None = opt(None, "Mixer of the student, instead of the recipe's.")
     set: list[str] = opt([], "Change a value of the recipe: stages.0.micro_batch=4.", metavar="KEY=VALUE")
     gpus: int = opt(1, "How many GPUs, of one host or of several.")
     gpu_type: Literal["h100", "h200", "a100", "b200"] = opt("h200", "Which GPU.")
     price_per_gpu_hour: float | None = opt(None, "What an hour of one GPU costs, in any currency.")
-    efficiency: float | None = opt(None, "Share of the matmul rate to reckon with (0 to 1), instead of the trainer's aims.")
+    efficiency: float | None = opt(None, "Share of the matmul rate that training reaches (0 to 1), instead of what was measured.")
     fit: bool = opt(False, "Say what to change where it does not fit.", "--fit")
     json: bool = opt(False, "Print one JSON document.", "--json")
 
@@ -115,14 +115,7 @@ def change(settings: str, found: "Plan") -> dict[str, Any]:
 
 def models_of(options: PlanOptions) -> "tuple[Recipe, ModelSpec | None, ModelSpec]":
     """The recipe, and the specs of teacher (None where a new one is trained) and student."""
-    from radlads.recipe import load_recipe
-
-    overrides = list(options.set)
-    if options.student_arch:
-        overrides.append(f"student.arch={options.student_arch}")
-    if options.teacher:
-        overrides.append(f"teacher={options.teacher}")
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = overridden_recipe(options.recipe, options.teacher, options.student_arch, options.set)
     if recipe.init is not None:
         return recipe, None, recipe.init_spec()
     teacher = teacher_spec(recipe.teacher or "")
@@ -134,10 +127,8 @@ def models_of(options: PlanOptions) -> "tuple[Recipe, ModelSpec | None, ModelSpe
 
 def teacher_spec(name: str) -> "ModelSpec":
     """Spec of a teacher from its folder's config, or by its well-known name. R201 when it is neither."""
-    from difflib import get_close_matches
-
     from radlads.demo import resolve
-    from radlads.errors import fail
+    from radlads.errors import fail, nearest
     from radlads.folder import open_folder
     from radlads.shapes import SHAPES, known_shape
 
@@ -146,8 +137,8 @@ def teacher_spec(name: str) -> "ModelSpec":
         return open_folder(path, weights=False).spec
     known = known_shape(name)
     if known is None:
-        near = get_close_matches(name.rpartition("/")[2].lower(), SHAPES, 1)
-        fix = f"Did you mean {near[0]}?" if near else f"Give a folder with a config.json, or one of: {', '.join(SHAPES)}"
+        near = nearest(name.rpartition("/")[2].lower(), SHAPES)
+        fix = f"Did you mean {near}?" if near else f"Give a folder with a config.json, or one of: {', '.join(SHAPES)}"
         raise fail("R201", where=name, why="there is no such folder, and no teacher of that name is known", fix=fix)
     return known
 

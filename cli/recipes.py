@@ -35,6 +35,7 @@ class CopyOptions:
     recipe: str = arg("Name of a built-in recipe.", metavar="RECIPE")
     file: str = arg("The YAML file to write.", metavar="FILE")
     overwrite: bool = opt(False, "Replace the file if it exists.", "--overwrite")
+    json: bool = opt(False, JSON_HELP, "--json")
 
 
 @dataclass(kw_only=True)

@@ -121,6 +121,11 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def counted(number: int, thing: str) -> str:
+    """How many of a thing there are: 1 message, 2 messages."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def _pairs(result: Any) -> Iterable[Table | str]:
     values = asdict(result)
     width = max((len(name) for name in values), default=0)

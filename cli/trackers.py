@@ -14,7 +14,7 @@ Log = Callable[[str, float, int], None]
 
 
 def follow(names: list[str], folder: Path, name: str, settings: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """A listener for the records of a run that hands every number on. R101 for an unknown tracker, R104 for a missing one."""
+    """A listener for the records of a run that hands every number on. Raises as `library_of`."""
     logs = {tracker: opened(tracker, folder, name, settings) for tracker in dict.fromkeys(names)}
 
     def listen(record: dict[str, Any]) -> None:
@@ -33,16 +33,20 @@ def follow(names: list[str], folder: Path, name: str, settings: dict[str, Any]) 
     return listen
 
 
-def opened(tracker: str, folder: Path, name: str, settings: dict[str, Any]) -> Log:
-    """A function (name, value, step) of one tracker."""
+def library_of(tracker: str) -> Any:
+    """The library of a tracker. R101 for an unknown one, R104 for a missing one: ask before a run is begun."""
     if tracker not in TRACKERS:
         raise fail("R101", where="--report-to", why=f"unknown tracker {tracker[:40]!r}", fix=f"Use one of: {', '.join(TRACKERS)}")
-    module = {"tensorboard": "torch.utils.tensorboard"}.get(tracker, tracker)
     try:
-        library: Any = import_module(module)
+        return import_module({"tensorboard": "torch.utils.tensorboard"}.get(tracker, tracker))
     except ImportError:
         fix = f"Run `pip install 'radlads[{tracker}]'`"
         raise fail("R104", where=f"--report-to {tracker}", why=f"{tracker} is not installed", fix=fix) from None
+
+
+def opened(tracker: str, folder: Path, name: str, settings: dict[str, Any]) -> Log:
+    """A function (name, value, step) of one tracker. Raises as `library_of`."""
+    library = library_of(tracker)
     if tracker == "tensorboard":
         writer = library.SummaryWriter(str(folder / "tensorboard"))
         return lambda key, value, step: writer.add_scalar(key, value, step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from radlads.cli.options import StudentArch, arg, opt
+from radlads.cli.options import StudentArch, arg, opt, overridden_recipe
 from radlads.cli.render import Table
 
 if TYPE_CHECKING:
@@ -95,9 +95,7 @@ def train(options: TrainOptions) -> TrainResult:
     """Run a recipe, or go on with it. Under torchrun each process takes its part, and the first one speaks for all."""
     from radlads.errors import RadladsError
 
-    require_torch()
-    recipe = chosen_recipe(options)
-    inputs = open_inputs(recipe, options)
+    recipe, inputs = checked_inputs(options)
     from radlads.backends.torch.world import join_world
 
     world = join_world()
@@ -148,12 +146,15 @@ def run_folder(options: TrainOptions, recipe: "Recipe") -> Path:
     return Path(options.output_dir or f"runs/{recipe.name}{arch}{ending}")
 
 
-def checked_inputs(options: TrainOptions) -> "Recipe":
-    """The recipe, when everything it names is there; a launcher asks before it starts processes."""
+def checked_inputs(options: TrainOptions) -> "tuple[Recipe, Inputs]":
+    """The recipe and what it names, all of it there; a launcher asks before it starts processes."""
+    from radlads.cli.trackers import library_of
+
     require_torch()
     recipe = chosen_recipe(options)
-    open_inputs(recipe, options)
-    return recipe
+    for tracker in options.report_to:
+        library_of(tracker)
+    return recipe, open_inputs(recipe, options)
 
 
 def open_run(folder: Path, recipe: "Recipe", resume: Literal["auto", "never"], world: "World") -> "Run":
@@ -190,15 +191,8 @@ def require_torch() -> None:
 
 
 def chosen_recipe(options: TrainOptions) -> "Recipe":
-    """The recipe with the flags and `--set` values applied."""
-    from radlads.recipe import load_recipe
-
-    overrides = list(options.set)
-    if options.student_arch:
-        overrides.append(f"student.arch={options.student_arch}")
-    if options.teacher:
-        overrides.append(f"teacher={options.teacher}")
-    recipe = load_recipe(options.recipe, overrides)
+    """The recipe with the flags and `--set` values applied, cut down to step 1 where only difficulty is asked for."""
+    recipe = overridden_recipe(options.recipe, options.teacher, options.student_arch, options.set)
     return alignment_alone(recipe) if options.measure_difficulty else recipe
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from radlads.folder import ModelFolder
     from radlads.tokenizer import Tokenizer
     from radlads.verify import Check
+    from radlads.weights_tools.formats.format import Source
 
 
 @dataclass(kw_only=True)
@@ -80,14 +81,15 @@ def verify(options: VerifyOptions) -> VerifyResult:
         checks.append(check_tokenizer(folder, tokenizer))
         if ours and folder.spec.recurrent is not None:
             checks.append(check_model_code(folder))
-        if not options.files_only:
-            compute = quantised_checks if folder.quantised else computed_checks
-            checks += compute(options, folder, tokenizer)
     except RadladsError as error:
         # What breaks a folder of ours is a finding; what never was one is bad input.
         if ours is None or error.code[1] not in "23":
             raise
-        checks.append(Check("weights", "failed", str(error)))
+        checks.append(Check("tokenizer" if error.code == "R206" else "weights", "failed", str(error)))
+    else:
+        if not options.files_only:
+            compute = quantised_checks if folder.quantised else computed_checks
+            checks += compute(options, folder, tokenizer)
     if ours is not None and not options.files_only:
         if is_writable(path):
             write_verdict(path, checks)
@@ -139,6 +141,10 @@ def computed_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "T
     from radlads.folder import open_folder
     from radlads.verify import ORACLE_PARAMETERS, compute, engine_checks, loss_check, oracle_prefixes, sample_tokens
 
+    other = None if options.against is None else open_folder(options.against)
+    if other is not None and other.spec.V != folder.spec.V:
+        why = f"it has {other.spec.V:,} tokens, the model {folder.spec.V:,}"
+        raise fail("R101", where=f"--against {options.against}", why=why, fix="Give the model's teacher")
     names = available_backends() if options.backend == "all" else [options.backend]
     tokens = sample_tokens(folder, tokenizer)
     computed = {name: compute(open_engine(folder, name, options.dtype), tokens) for name in names}
@@ -146,11 +152,7 @@ def computed_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "T
     small = parameters <= ORACLE_PARAMETERS
     oracle = oracle_prefixes(folder, tokens) if small and names else None
     checks = engine_checks(computed, oracle, f"{parameters:,} parameters are too many for float64", options.dtype)
-    if options.against is not None and names:
-        other = open_folder(options.against)
-        if other.spec.V != folder.spec.V:
-            why = f"it has {other.spec.V:,} tokens, the model {folder.spec.V:,}"
-            raise fail("R101", where=f"--against {options.against}", why=why, fix="Give the model's teacher")
+    if other is not None and names:
         ours, theirs = (stepwise_logits(model, names[0], options.dtype, tokens) for model in (folder, other))
         checks.append(loss_check(ours, theirs, tokens, options.max_kl))
     return checks
@@ -161,30 +163,30 @@ def quantised_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "
     both by the oracle."""
     from radlads.backends import available_backends, open_engine
     from radlads.verify import ORACLE_PARAMETERS, QUANTISED_KL, Check, compute, engine_checks, loss_check, sample_tokens
+    from radlads.weights_tools.formats import open_source
 
+    other = None if options.against is None else open_source(options.against)
     tokens = sample_tokens(folder, tokenizer)
     names = [name for name in available_backends() if name == "mlx" and options.backend in ("all", name)]
     computed = {name: compute(open_engine(folder, name, options.dtype), tokens) for name in names}
     checks = engine_checks(computed, None, "the weights are quantised: see loss", options.dtype)
     parameters = folder.spec.parameters()
-    if options.against is None:
+    if other is None:
         return [*checks, Check("loss", "skipped", "give the unquantised model with --against DIR")]
     if parameters > ORACLE_PARAMETERS:
         return [*checks, Check("loss", "skipped", f"{parameters:,} parameters are too many for float64")]
-    ours, theirs = (oracle_of(path, tokens) for path in (str(folder.path), options.against))
+    ours, theirs = (oracle_of(source, tokens) for source in (open_source(folder.path), other))
     limit = QUANTISED_KL if options.max_kl is None else options.max_kl
     return [*checks, loss_check(ours, theirs, tokens, limit)]
 
 
-def oracle_of(path: str, tokens: list[int]) -> Any:
+def oracle_of(source: "Source", tokens: list[int]) -> Any:
     """The oracle's logits (T, V) of a model in any format, dequantised where it is not in floats."""
     import numpy as np
 
     from radlads.oracle import oracle_logits
     from radlads.tensors import decode
-    from radlads.weights_tools.formats import open_source
 
-    source = open_source(path)
     weights = {name: decode(lazy.whole(), lazy.dtype).astype(np.float64) for name, lazy in source.tensors.items()}
     return oracle_logits(source.spec, weights, np.array(tokens))
 

@@ -1,6 +1,8 @@
 """One error for everything a user can cause: what, where, why, how to fix it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 # Exit status of the command line, by the code or its first digit. The place of an output is chosen by the user, as an input is.
 EXIT_STATUS = {"R401": 2, "1": 2, "2": 2, "3": 2, "4": 1, "5": 3}
@@ -45,7 +47,8 @@ class RadladsError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return f"{self.code} {CODES[self.code]}: {self.where}: {self.why}. {self.fix}"
+        end = "" if self.why.endswith(("?", "!")) else "."
+        return f"{self.code} {CODES[self.code]}: {self.where}: {self.why}{end} {self.fix}"
 
     def __reduce__(self) -> tuple[type["RadladsError"], tuple[str, str, str, str]]:
         """An error of another process arrives whole."""
@@ -61,6 +64,12 @@ def fail(code: str, *, where: object, why: str, fix: str) -> RadladsError:
     """Build the error to raise: `raise fail("R201", where=path, why="...", fix="...")`."""
     end = "" if fix.endswith((".", "?", "`")) else "."
     return RadladsError(code, printable(str(where)), printable(why.rstrip(".")), fix + end)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The one of `known` that a mistyped or shortened `name` most likely means; empty when none is near."""
+    starts = [word for word in known if name and word.startswith(name)]
+    return next(iter(starts or get_close_matches(name[:80], known, 1, 0.5)), "")
 
 
 def printable(text: str, limit: int = 2000) -> str:

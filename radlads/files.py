@@ -177,7 +177,7 @@ def check_free(final: Path, overwrite: bool) -> None:
     if final.is_dir() and not final.is_symlink():
         if overwrite or not any(final.iterdir()):
             return
-        raise fail("R401", where=final, why="the folder exists", fix="Choose another folder or allow overwriting")
+        raise fail("R401", where=final, why="the folder exists", fix="Choose another folder, or pass --overwrite")
     raise fail("R401", where=final, why="a file or link of that name exists", fix="Choose another name")
 
 

@@ -59,6 +59,7 @@ SHARD_BYTES = 5_000_000_000
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+FOLDER = "Give the folder that holds config.json and the weights"  # the fix where a path is none
 ALL_ONES = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # exponent bits of infinity and NaN
 
 
@@ -77,6 +78,12 @@ class ModelFolder:
     notices: tuple[str, ...] = ()  # what had to be inferred of a published model
     quantised: dict[str, Quantised] = field(default_factory=dict)
     adapter: "Adapter | None" = None  # what engines apply to the weights (radlads.adapters.with_adapter)
+
+    @property
+    def name(self) -> str:
+        """What to call the model: its folder's name, or for the folder `model` of a run the run's."""
+        path = self.path.resolve()
+        return path.parent.name if path.name == "model" and path.parent.name else path.name
 
     @property
     def stage(self) -> int | None:
@@ -130,7 +137,7 @@ def open_folder(
     R201 unreadable, R202 bad weights file, R203 tensors that do not fit, R204 bad config or manifest, R205 unsupported.
     """
     path = Path(path)
-    check_folder(path, weights)
+    check_folder(path, weights, config_from is None)
     source = config_path(path, config_from)
     config = read_json(source)
     settings = settings_of(source, config)
@@ -153,20 +160,22 @@ def open_folder(
     return ModelFolder(path, config, spec, fitted, manifest, found.notices, quantised)
 
 
-def check_folder(path: Path, weights: bool = True) -> None:
-    """R201 unless it is a folder, and not of another format: then with the conversion to do first (config alone is enough
-    if no `weights` are wanted)."""
+def check_folder(path: Path, weights: bool = True, config: bool = True) -> None:
+    """R201 unless it is a folder with a config (where `config` is to be its own), and not of another format: then with the
+    conversion to do first (config alone is enough if no `weights` are wanted)."""
     if path.is_dir():
         if (path / ADAPTER).is_file() and not (path / CONFIG).exists():
             fix = "Give the folder of its model, and this one with --adapter-path; or look at it with `radlads inspect`"
             raise fail("R201", where=path, why="it holds an adapter, no model", fix=fix)
         if (weights or not (path / CONFIG).exists()) and (other := other_weights(path)):
             raise unconverted(path, f"its weights are {other}")
+        if config and not os.path.lexists(path / CONFIG):
+            raise fail("R201", where=path, why=f"it is no model folder: it holds no {CONFIG}", fix=FOLDER)
     elif path.is_file() and path.suffix in OTHER_SUFFIXES:
         raise unconverted(path, "it is a file of another format")
     else:
         why = "it is no folder" if path.exists() else "there is no such folder"
-        raise fail("R201", where=path, why=why, fix="Give the folder that holds config.json and the weights")
+        raise fail("R201", where=path, why=why, fix=FOLDER)
 
 
 def float_shape(entry: Entry, few: Quantised | None) -> tuple[int, ...]:

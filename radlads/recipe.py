@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -26,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from radlads.errors import RadladsError, fail
+from radlads.errors import RadladsError, fail, nearest
 from radlads.families import FAMILIES
 from radlads.recipe_yaml import Document, parse_value, read_document
 from radlads.spec import DEFAULT_OPTIONS, MixerOptions, ModelSpec, Ranks
@@ -441,7 +440,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
     raise fail(
         "R101",
         where=name,
-        why=f"there is no such file and no such recipe{nearest(name, names)}",
+        why=f"there is no such file and no such recipe{meant(name, names)}",
         fix=f"Give a file or one of: {', '.join(names)}",
     )
 
@@ -460,7 +459,7 @@ def apply_override(values: dict[str, Any], text: str) -> tuple[str | int, ...]:
     key, sign, raw = text.partition("=")
     where = f"--set {text}"
     if not sign or not key.strip():
-        raise fail("R101", where=where, why="it has not the form key=value", fix="Write for example `--set stages.0.lr=1e-3`")
+        raise fail("R101", where=where, why="it is not of the form key=value", fix="Write for example `--set stages.0.lr=1e-3`")
     path: tuple[str | int, ...] = ()
     table: Any = values
     *above, last = key.strip().split(".")
@@ -542,15 +541,15 @@ def explain(problem: ErrorDetails) -> str:
 
 def unknown(value: str, allowed: list[str]) -> str:
     """Why a value is refused: the nearest allowed one and all of them."""
-    return f"unknown value {value[:80]!r}{nearest(value, allowed)}; known: {', '.join(allowed)}"
+    return f"unknown value {value[:80]!r}{meant(value, allowed)}; known: {', '.join(allowed)}"
 
 
 def unknown_key(key: str, allowed: list[str]) -> str:
     """Why a key is refused, and the nearest allowed one."""
-    return f"unknown key {key[:80]!r}{nearest(key, allowed)}"
+    return f"unknown key {key[:80]!r}{meant(key, allowed)}"
 
 
-def nearest(name: str, names: list[str]) -> str:
+def meant(name: str, names: list[str]) -> str:
     """The words ", nearest is 'x'" when a name is near or cut short, else none."""
-    close = [known for known in names if name and known.startswith(name)] or get_close_matches(name[:80], names, 1, 0.5)
-    return f", nearest is {close[0]!r}" if close else ""
+    near = nearest(name, names)
+    return f", nearest is {near!r}" if near else ""

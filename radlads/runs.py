@@ -173,7 +173,8 @@ def begin_run(
             raise fail("R303", where=folder, why=why, fix=f"Give a new or empty folder with `{flag}`")
         lock = (folder / LOCK).open("w")
     except OSError as error:
-        raise fail("R401", where=folder, why=str(error.strerror), fix="Give a folder that can be written") from None
+        why = "it is no folder" if folder.exists() and not folder.is_dir() else str(error.strerror)
+        raise fail("R401", where=folder, why=why, fix=f"Give a folder that can be written with `{flag}`") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -158,8 +158,8 @@ class Generation:
         rng: np.random.Generator | None = None,
     ) -> None:
         if not prompt_ids and context.base is None:
-            why = "it is empty, and the model has no begin-of-text token"
-            raise fail("R101", where="prompt", why=why, fix="Give some text")
+            why = "it is empty, and the model has no token that begins a text"
+            raise fail("R101", where="the prompt", why=why, fix="Give some text")
         self.prompt_ids = list(prompt_ids)
         self.fed_tokens = 0
         self.prompt_seconds = 0.0

@@ -26,6 +26,7 @@ HEADER, LOGITS, TOKENS = "header", "logits", "token_ids"
 STORED = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}
 FOLLOWS = ("text", "question", "answer")
 HEADER_LIMIT = 64 << 20
+MADE_BY = "Give a file made by `radlads cache`, --save-state or /save"  # the fix where a file is no state
 # Bytes of each tensor that the fingerprint reads, at its start, middle and end: models that differ at all differ there.
 SAMPLED = 4096
 
@@ -95,10 +96,15 @@ def save_state(
 def load_state(path: str | Path, fingerprint: str) -> SavedState:
     """Read and check a state file for the model of that fingerprint.
 
-    Raises R201 or R202 for a file that cannot be read, R304, with the reason, for one of another model, of a newer version
-    or with a bit out of place.
+    Raises R201 for a file that cannot be read, R304, with the reason, for one that is no state, of another model, of a newer
+    version or with a bit out of place.
     """
-    entries = read_header(Path(path))
+    try:
+        entries = read_header(Path(path))
+    except RadladsError as error:
+        if error.code != "R202":
+            raise
+        raise unusable(path, f"it is no state file, or a damaged one: {error.why}", MADE_BY) from None
     about = read_about(Path(path), entries)
     if about.get("schema") != SCHEMA:
         newer = isinstance(about.get("schema"), int) and about["schema"] > SCHEMA
@@ -130,7 +136,7 @@ def read_about(path: Path, entries: Mapping[str, Entry]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
-        raise unusable(path, "it is no state file", "Give a file made by `radlads cache`, --save-state or /save") from None
+        raise unusable(path, "it is no state file", MADE_BY) from None
     return about
 
 

@@ -32,7 +32,7 @@ def card(folder: ModelFolder, verdict: Mapping[str, Any] | None, *, license: str
     run = find_run(folder.path)
     blocks = [
         head(folder, teacher, {"license": license} if license else carried_license(manifest)),
-        f"# {inline(folder.path.resolve().name)}\n",
+        f"# {inline(folder.name)}\n",
         summary(folder, teacher),
         section("Use", use(folder)),
         section("Results", results(run)),

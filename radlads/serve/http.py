@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from radlads.errors import RadladsError
 from radlads.files import parse_json
@@ -81,10 +82,16 @@ def create_app(worker: Worker, settings: Settings) -> FastAPI:
     async def refused(_: Request, refusal: Refusal) -> Response:
         return refusal.response()
 
+    @app.exception_handler(HTTPException)
+    async def no_route(_: Request, error: HTTPException) -> Response:
+        return Refusal(error.status_code, "there is no such address, or not with this method").response()
+
     @app.get("/")
     async def chat_page() -> Response:
+        plain = "false" if worker.tokenizer.has_chat_template else "true"
+        shown = page.replace("{{name}}", escape(settings.name)).replace("{{plain}}", plain)
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(page.replace("{{name}}", escape(settings.name)), headers={"Content-Security-Policy": policy})
+        return HTMLResponse(shown, headers={"Content-Security-Policy": policy})
 
     @app.get("/health")
     async def health() -> Response:

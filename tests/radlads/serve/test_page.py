@@ -154,6 +154,22 @@ def test_a_chat_in_the_browser(start: Start, visit: Callable[[str], Page], token
     assert page.value("document.querySelectorAll('#talk > div').length") == 0
 
 
+def test_without_a_chat_template_the_page_continues_a_text(
+    start: Start, visit: Callable[[str], Page], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(tokenizer), "has_chat_template", property(lambda _: False))
+    engine = ToyEngine(loud=[token for _ in range(2) for token in (*tokenizer.encode(" a time"), tokenizer.eos_id)])
+    address, _ = start(engine)
+    page = visit(address)
+    for turn, text in enumerate(("Once upon", "Then "), 1):
+        page.type(text)
+        page.until(f"!running && document.querySelectorAll('#talk > div').length == {2 * turn}")
+        assert page.value(f"{LAST}.innerText").strip() == "a time"
+    assert requests(page) == {f"{address}/", f"{address}/v1/completions"}
+    read = [token for tokens in engine.fed for token in tokens if token != tokenizer.eos_id]
+    assert tokenizer.decode(read).startswith("Once upon a time\nThen ")
+
+
 def test_stop_and_errors_in_the_browser(start: Start, visit: Callable[[str], Page]) -> None:
     address, worker = start(Slow(), max_tokens=100_000, slots=1)
     page = visit(address)
