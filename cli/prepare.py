@@ -242,11 +242,9 @@ def _plain(tokenizer: "Tokenizer", options: PrepareOptions) -> "tuple[list[int],
 
     if options.prompt:
         return tokenizer.encode(options.prompt, add_special=True), Turns()
-    # What the tokenizer puts in front of a text; without that, what stands between two.
-    begin, between = tokenizer.encode("", add_special=True), tokenizer.eos_id
-    if not begin and between is None:
+    if tokenizer.begin_id is None:
         raise fail("R101", where="--prompt", why="the tokenizer has no token that begins a text", fix="Give a prompt")
-    return begin or [between or 0], Turns()
+    return [tokenizer.begin_id], Turns()
 
 
 def _chat(model: "ModelFolder", tokenizer: "Tokenizer", options: PrepareOptions) -> "tuple[list[int], Turns]":

@@ -16,7 +16,7 @@ class ServeOptions(ModelOptions):
 
     host: str = opt("127.0.0.1", "Address to listen on; beyond this machine only with an API key.", panel="Server")
     port: int = opt(8080, "Port to listen on.", panel="Server")
-    name: str | None = opt(None, "Name of the model for clients; the folder's or run's without it.", panel="Server", metavar="NAME")
+    name: str | None = opt(None, "Name for clients; the folder's or run's without it.", panel="Server", metavar="NAME")
     api_key: str | None = opt(None, "Key that clients must send; RADLADS_API_KEY without it.", panel="Server", metavar="KEY")
     allowed_host: list[str] = opt([], "Host name under which clients reach the server.", panel="Server", metavar="NAME")
     allowed_origin: list[str] = opt([], "Web origin whose pages may use the server.", panel="Server", metavar="URL")

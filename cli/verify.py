@@ -107,7 +107,7 @@ def open_manifest(path: Path) -> dict[str, Any] | None:
     from radlads.folder import MANIFEST, check_folder
     from radlads.tensors import contained
 
-    check_folder(path)
+    check_folder(path, config=False)  # of a folder of ours a missing config is a finding
     if not (path / MANIFEST).exists():
         return None
     manifest = read_json(contained(path, MANIFEST))

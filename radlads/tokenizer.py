@@ -88,6 +88,11 @@ class Tokenizer:
         return min(self.eos_ids, default=None) if end_of_text is None else end_of_text
 
     @property
+    def begin_id(self) -> int | None:
+        """The id in front of a text: what the tokenizer puts there, without that what ends a document."""
+        return next(iter(self.encode("", add_special=True)), self.eos_id)
+
+    @property
     def chat_template(self) -> str | None:
         """Source of the template that makes messages a prompt."""
         return self._template_source

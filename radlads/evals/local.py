@@ -72,9 +72,10 @@ class Window:
 def windows(path: Path, tokenizer: Tokenizer, length: int) -> Iterator[Window]:
     """A text file, whole and once, in windows of `length` tokens of which the first is only context.
 
-    That context is the token before, at the start of a document the one that begins or ends texts.
+    That context is the token before, at the start of a document what stands there in training data. Raises R206 where the
+    tokenizer has no such token, R301 for a file that is no text.
     """
-    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    begin = tokenizer.begin_id
     if begin is None:
         raise fail("R206", where=tokenizer.path, why="it has no token that begins or ends a text", fix="Name one in its config")
     kind_of(path)

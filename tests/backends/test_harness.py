@@ -70,3 +70,24 @@ def test_the_harness_gets_what_stock_transformers_gives(teacher: Path) -> None:
         whole_text = [Instance("loglikelihood_rolling", {}, (text,), 0)]
         rolling = EngineLM(engine, tokenizer, lambda *_: None).loglikelihood_rolling(whole_text)
         assert rolling[0] == pytest.approx(good, abs=1e-4)
+
+
+@torch.no_grad()
+def test_contexts_beyond_the_positions_lose_their_beginning_as_in_the_harness(teacher: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from radlads.backends.harness import EngineLM
+
+    folder = open_folder(teacher)
+    ours = EngineLM(open_engine(folder, "torch"), Tokenizer(teacher, folder.spec.vocab_size), lambda *_: None)
+    ours.longest = 8
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
+    stock = HFLM(model, tokenizer=tokenizer, max_length=8)
+    asked = [Instance("loglikelihood", {}, (text.rpartition(" ")[0], " " + text.rpartition(" ")[2]), 0) for text in TEXTS]
+    whole = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
+    assert [value for value, _ in ours.loglikelihood(asked)] == pytest.approx(
+        [value for value, _ in stock.loglikelihood(asked, disable_tqdm=True)], abs=1e-4
+    )
+    assert ours.cut > 0
+    assert ours.loglikelihood_rolling(whole) == pytest.approx(stock.loglikelihood_rolling(whole, disable_tqdm=True), abs=1e-4)

@@ -70,7 +70,10 @@ def test_add_special_follows_add_bos_token(folder, tmp_path):
     settings = {"bos_token": "<|im_start|>", "add_bos_token": True, "eos_token": {"content": "<|endoftext|>"}}
     begins = Tokenizer(changed(folder, tmp_path / "bos", tokenizer_config__json=json.dumps(settings)))
     assert begins.encode("a", add_special=True) == [1, *plain.encode("a")]
-    assert begins.encode("a") == plain.encode("a")
+    assert begins.encode("a") == plain.encode("a") and begins.begin_id == 1
+    settings["add_bos_token"] = False
+    ends = Tokenizer(changed(folder, tmp_path / "eos", tokenizer_config__json=json.dumps(settings)))
+    assert ends.bos_id == 1 and ends.begin_id == ends.eos_id == 0
 
 
 def test_chat_template_makes_the_prompt(folder):
