@@ -85,11 +85,6 @@ def rope_periods(spec: ModelSpec, length: int) -> mx.array:
 class RecurrentProjections(Projections):
     """Projections of a recurrent mixer, whose cache also counts the tokens seen: rotary positions need them."""
 
-    def project_heads(self, x_q: mx.array, x_k: mx.array, x_v: mx.array, cache: Any) -> tuple[mx.array, mx.array, mx.array]:
-        """Inputs (B, T, D) to q, k, v, all (B, T, H, N): S.1-S.4, S.3 only with the `rope` flag."""
-        q, k, v = self.project_rotated(x_q, x_k, x_v, cache)
-        return q, self.repeated(k), self.repeated(v)
-
     def project_rotated(self, x_q: mx.array, x_k: mx.array, x_v: mx.array, cache: Any) -> tuple[mx.array, mx.array, mx.array]:
         """Inputs (B, T, D) to q (B, T, H, N) and k, v (B, T, Hkv, N): S.1-S.3, S.3 only with the `rope` flag."""
         q, k, v = self.project(x_q, x_k, x_v)
