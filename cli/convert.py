@@ -71,8 +71,8 @@ def convert(options: ConvertOptions) -> ConvertResult:
 
     writing = Writing(
         dtype=DTYPES[options.dtype] if options.dtype else None,
-        bits=(options.q_bits or 4) if options.quantize else None,
-        group_size=options.q_group_size or 64,
+        bits=(4 if options.q_bits is None else options.q_bits) if options.quantize else None,
+        group_size=64 if options.q_group_size is None else options.q_group_size,
         layout=options.layout,
     )
     notices: list[str] = []
@@ -108,18 +108,10 @@ def convert(options: ConvertOptions) -> ConvertResult:
 
 
 def check(options: ConvertOptions) -> None:
-    """R101 for flags that contradict one another, before anything is read."""
-    from radlads.weights_tools.convert import FILE_SUFFIXES
-
+    """R101 for flags that have no meaning without another."""
     for flag, value in (("--q-bits", options.q_bits), ("--q-group-size", options.q_group_size)):
         if value is not None and not options.quantize:
             raise fail("R101", where=flag, why="it has no meaning without --quantize", fix="Add -q, or leave it out")
-        if value == 0:
-            raise fail("R101", where=flag, why="it is 0", fix="Give one of the numbers in `radlads convert --help`")
-    for form, ending in FILE_SUFFIXES.items():
-        if Path(options.output_dir).suffix == ending and options.to != form:
-            why = f"a name ending in {ending} is no place for {options.to}"
-            raise fail("R101", where=f"--output-dir {options.output_dir}", why=why, fix=f"Add --to {form}, or name a folder")
 
 
 def convert_adapter(options: ConvertOptions) -> ConvertResult:

@@ -1,8 +1,8 @@
 """`radlads inspect`: what a model of any format or an adapter holds, from its headers alone, or how two models differ. No code of
 it is run."""
 
-from collections.abc import Mapping
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
