@@ -54,7 +54,8 @@ def test_a_model_beside_itself_keeps_everything(radlads, place: Path) -> None:
     ("arguments", "why"),
     [
         (["--tasks", "bits"], "--text"),
-        (["--tasks", "kl", "--text", "x"], "--against"),
+        (["--tasks", "kl", "--text", __file__], "--against"),
+        (["--tasks", "bits", "--text", "nowhere.txt"], "no such file"),
         (["--tasks", "recall", "--lengths", "12,x"], "no list of lengths"),
         (["--tasks", "lambada"], "no files named lambada"),
         (["--tasks", "recall", "--draws", "3"], "below 100"),

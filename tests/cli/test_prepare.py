@@ -125,5 +125,5 @@ def test_failed_sampling_leaves_nothing_behind(radlads, teacher, tmp_path, monke
     from radlads.backends.torch.sample import Written
 
     monkeypatch.setattr("radlads.backends.torch.sample.sample_rows", broken)
-    assert radlads("prepare", "--sample-from", teacher, "--output-dir", tmp_path / "out").status == 2
+    assert radlads("prepare", "--sample-from", teacher, "--output-dir", tmp_path / "out").status == 1
     assert list(tmp_path.iterdir()) == []

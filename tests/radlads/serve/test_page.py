@@ -161,11 +161,12 @@ def test_without_a_chat_template_the_page_continues_a_text(
     engine = ToyEngine(loud=[token for _ in range(2) for token in (*tokenizer.encode(" a time"), tokenizer.eos_id)])
     address, _ = start(engine)
     page = visit(address)
-    for turn, text in enumerate(("Once upon", "Then "), 1):
+    assert "continues the text" in page.value("document.getElementById('status').innerText")
+    for turn, text in enumerate(("Once upon", "Then"), 1):
         page.type(text)
         page.until(f"!running && document.querySelectorAll('#talk > div').length == {2 * turn}")
         assert page.value(f"{LAST}.innerText").strip() == "a time"
-    assert requests(page) == {f"{address}/", f"{address}/v1/completions"}
+    assert requests(page) == {f"{address}/", f"{address}/v1/chat/completions"}
     read = [token for tokens in engine.fed for token in tokens if token != tokenizer.eos_id]
     assert tokenizer.decode(read).startswith("Once upon a time\nThen ")
 
