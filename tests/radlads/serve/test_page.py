@@ -168,7 +168,7 @@ def test_without_a_chat_template_the_page_continues_a_text(
         assert page.value(f"{LAST}.innerText").strip() == "a time"
     assert requests(page) == {f"{address}/", f"{address}/v1/chat/completions"}
     read = [token for tokens in engine.fed for token in tokens if token != tokenizer.eos_id]
-    assert tokenizer.decode(read).startswith("Once upon a time\nThen ")
+    assert tokenizer.decode(read).startswith("Once upon a time\nThen")
 
 
 def test_stop_and_errors_in_the_browser(start: Start, visit: Callable[[str], Page]) -> None:
