@@ -191,25 +191,35 @@ def test_gradients_match_float64(number: int, N: int, run: object) -> None:
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
 
 
-@pytest.mark.parametrize("N", [64, 96])
-def test_fused_forward_matches_float64(N: int, run: object) -> None:
-    T, width = 150, 64 if N == 64 else 128
+# Head size, and chunks of a walk: one walk of three, or two walks of two and one.
+WALKS = pytest.mark.parametrize("N,span", [(64, 3), (96, 2)])
+
+
+@WALKS
+def test_fused_forward_matches_float64(N: int, span: int, run: object) -> None:
+    T, width, walks = 150, 64 if N == 64 else 128, 4 - span
     x, _ = recurrence(T, N, 0.6, True)
     start = torch.randn(N, N)
+    starts = torch.stack([start] * walks)
     out, u = (torch.full((T, N), float("nan"), dtype=torch.bfloat16) for _ in range(2))
-    states, last = torch.full((3, N, N), float("nan"), dtype=torch.bfloat16), torch.full((N, N), float("nan"))
+    states, last = torch.full((3, N, N), float("nan"), dtype=torch.bfloat16), torch.full((walks, N, N), float("nan"))
     solve, a_rb = (torch.full((3, 64, 64), float("nan"), dtype=torch.bfloat16) for _ in range(2))
-    run("wkv7_fused", "wkv7_fused_forward_kernel", [(0, 0)], x["q"], x["log_w"], x["k"], x["v"], x["a"], x["b"], start, out,
-        u, states, solve, a_rb, last, None, None, Index(T), Index(3), 1, 1, 0.5, N, width, 0.6126, True, True, False)
+    run("wkv7_fused", "wkv7_fused_forward_kernel", [(0, walk) for walk in range(walks)], x["q"], x["log_w"], x["k"], x["v"],
+        x["a"], x["b"], starts, out, u, states, solve, a_rb, last, None, None, Index(T), Index(3), Index(span), 1, 1, 0.5, N,
+        width, 0.6126, True, True, False)
     q, log_w, k, v, a, b = (x[name].double() for name in ("q", "log_w", "k", "v", "a", "b"))
-    state, want, want_u, want_states = start.double(), [], [], []
+    state, want, want_u, want_states, want_last = start.double(), [], [], [], []
     for t in range(T):
+        if t and t % (64 * span) == 0:
+            want_last.append(state[None])
+            state = start.double()
         if t % 64 == 0:
             want_states.append((state * log_w[t:t + 32].sum(0).exp()).T)
         want_u.append(state @ a[t])
         state = state * log_w[t].exp() + want_u[-1][:, None] * b[t] + v[t][:, None] * k[t]
         want.append(0.5 * state @ q[t])
-    for found, right in ((out, want), (u, want_u), (states, want_states), (last, state[None])):
+    want_last.append(state[None])
+    for found, right in ((out, want), (u, want_u), (states, want_states), (last, want_last)):
         right = torch.cat([y[None] if y.dim() < found.dim() else y for y in right]).view(found.shape)
         assert (found.double() - right).norm() / right.norm() < 5e-3
     assert not solve.isnan().any() and not a_rb.isnan().any()
@@ -224,7 +234,7 @@ def test_fused_backward_matches_float64(N: int, run: object) -> None:
     states = torch.zeros(3, N, N, dtype=torch.bfloat16)
     solve, a_rb = (torch.zeros(3, 64, 64, dtype=torch.bfloat16) for _ in range(2))
     inputs = [x[name] for name in ("q", "log_w", "k", "v", "a", "b")]
-    sizes = (None, None, Index(T), Index(3), 1, 1, 0.5, N, width, 0.6126)
+    sizes = (None, None, Index(T), Index(3), Index(3), 1, 1, 0.5, N, width, 0.6126)
     run("wkv7_fused", "wkv7_fused_forward_kernel", [(0, 0)], *inputs, start, out, u, states, solve, a_rb, last, *sizes,
         True, True, False)
     grads = {name: torch.full((T, N), float("nan"), dtype=torch.bfloat16) for name in ("q", "log_w", "k", "v", "a", "b")}
@@ -232,29 +242,31 @@ def test_fused_backward_matches_float64(N: int, run: object) -> None:
     r, log_w, k, _, a, b = inputs
     du, d_states = torch.zeros_like(u), torch.zeros_like(states)
     run("wkv7_fused", "wkv7_fused_reverse_kernel", [(0, 0)], r, log_w, k, a, b, solve, a_rb, x["d_out"], d_last, grads["v"],
-        du, d_states, d_start, None, None, Index(T), Index(3), 1, *sizes[6:], True, True, False)
+        du, d_states, d_start, *sizes[:6], *sizes[7:], True, True, False)
     chunks = [(part, 0, chunk) for part in range(width // 64) for chunk in range(3)]
     run("wkv7_hopper", "wkv7_hopper_grad_kernel", chunks, *inputs, u, states, x["d_out"], du, d_states,
-        *(grads[name] for name in ("q", "log_w", "k", "a", "b")), None, *sizes[:7], N, 0.6126, True, False)
+        *(grads[name] for name in ("q", "log_w", "k", "a", "b")), None, *sizes[:4], 1, 1, 0.5, N, 0.6126, True, False)
     for name, grad in grads.items():
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
     assert (d_start.T.double() - want["state"]).norm() / want["state"].norm() < 5e-3
 
 
-@pytest.mark.parametrize("N,levels", [(64, 3), (96, 4)])
-def test_fused_attention_matches_float64(N: int, levels: int, run: object) -> None:
-    T, width = 150, 64 if N == 64 else 128
+@pytest.mark.parametrize("N,span,levels", [(64, 3, 3), (96, 2, 4)])
+def test_fused_attention_matches_float64(N: int, span: int, levels: int, run: object) -> None:
+    T, width, walks = 150, 64 if N == 64 else 128, 4 - span
     x, want = recurrence(T, N, 7.0, False)
-    start, last, d_start = torch.zeros(N, N), torch.full((N, N), float("nan")), torch.full((N, N), float("nan"))
+    # The states before each walk and the gradients after it; the kernel leaves in their place those at its other end.
+    lasts = torch.stack([x["states"][span * walk].T.float() for walk in range(walks)])
+    d_starts = torch.stack([x["d_states"][min(2, span * (walk + 1) - 1)].T.float() for walk in range(walks)])
     states, d_states = (torch.full((3, N, N), float("nan"), dtype=torch.bfloat16) for _ in range(2))
     out = torch.full((T, N), float("nan"), dtype=torch.bfloat16)
     grads = {name: torch.full((T, N), float("nan"), dtype=torch.bfloat16) for name in ("q", "log_w", "k", "v")}
-    sizes = (None, None, Index(T), Index(3), 1, 1, 1, 0.5, N, width, 128 >> levels, levels, 8.0)
-    inputs = (x["q"], x["log_w"], x["k"])
-    run("wkv6_fused", "wkv6_fused_kernel", [(0, 0)], *inputs, x["v"], start, out, states, last, *sizes, False, True, True, True,
-        False)
-    run("wkv6_fused", "wkv6_fused_kernel", [(0, 0)], *inputs, x["d_out"], torch.zeros(N, N), grads["v"], d_states, d_start,
-        *sizes, True, True, True, True, False)
+    sizes = (None, None, Index(T), Index(3), Index(span), 1, 1, 1, 0.5, N, width, 128 >> levels, levels, 8.0)
+    inputs, programs = (x["q"], x["log_w"], x["k"]), [(0, walk) for walk in range(walks)]
+    run("wkv6_fused", "wkv6_fused_kernel", programs, *inputs, x["v"], lasts, out, states, lasts, *sizes, False, True, True,
+        True, False)
+    run("wkv6_fused", "wkv6_fused_kernel", programs, *inputs, x["d_out"], d_starts, grads["v"], d_states, d_starts, *sizes,
+        True, True, True, True, False)
     chunks = [(part, 0, chunk) for part in range(width // 64) for chunk in range(3)]
     run("wkv6_hopper", "wkv6_hopper_grad_kernel", chunks, *inputs, x["v"], states, x["d_out"], d_states, grads["q"],
         grads["log_w"], grads["k"], None, None, None, Index(T), Index(3), 1, 1, 0.5, N, 128 >> levels, levels, 8.0, False)
@@ -263,6 +275,6 @@ def test_fused_attention_matches_float64(N: int, levels: int, run: object) -> No
         q, k, v, log_w = (x[name][t].double() for name in ("q", "k", "v", "log_w"))
         state = state * log_w.exp() + v[:, None] * k
         outs.append(0.5 * state @ q)
-    pairs = [(out, torch.stack(outs)), (last, state), (d_start.T, want["state"]), *((grads[n], want[n]) for n in grads)]
+    pairs = [(out, torch.stack(outs)), (lasts[-1], state), (d_starts[0].T, want["state"]), *((grads[n], want[n]) for n in grads)]
     for found, right in pairs:
         assert (found.double() - right).norm() / right.norm() < 5e-3

@@ -11,13 +11,14 @@ import tempfile
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radlads.backends.torch.kernels import decode, wkv6_triton, wkv7_centred, wkv7_triton
+from radlads.backends.torch.kernels import decode, segments, wkv6_triton, wkv7_centred, wkv7_triton
 from radlads.backends.torch.kernels import wkv6 as wkv6_module
 from radlads.backends.torch.kernels import wkv7 as wkv7_module
 
@@ -41,6 +42,7 @@ KERNELS = {
     "wkv7_centred_solve": wkv7_centred.wkv7_centred_solve_kernel, "wkv7_centred_grad": wkv7_centred.wkv7_centred_grad_kernel,
     "wkv6_intra": wkv6_triton.wkv6_intra_kernel, "wkv6_scan": wkv6_triton.wkv6_scan_kernel,
     "wkv6_reverse": wkv6_triton.wkv6_reverse_kernel, "wkv6_grad": wkv6_triton.wkv6_grad_kernel,
+    "wkv6_segment": wkv6_triton.wkv6_segment_kernel, "segment_join": segments.segment_join_kernel,
     "wkv_step": decode.wkv_step_kernel,
 }
 # What takes longest to compile is compiled for one target, in turn; the rest covers every target.
@@ -130,6 +132,29 @@ def interpret(name: str) -> None:
     print(json.dumps(errors(name, torch.float32, "cpu")))
 
 
+def interpret_segments() -> None:
+    """Errors of the states between the segments of two sequences of 7 chunks, the last one short, both ways."""
+    torch.manual_seed(0)
+    B, T, H, N, span = 2, 200, 2, 32, 2
+    q, log_w, k, v = draw(False, (B, T, H, N), 1, 5.0, torch.float32, "cpu")
+    d_out = torch.randn_like(q)
+    first, last = (torch.randn(B, H, N, N) for _ in range(2))
+    plan = wkv6_module.wkv6_plan(q, None, None)
+    got = wkv6_module.wkv6_starts(k, log_w, v, first, 0.5, span, plan, reverse=False)
+    d_got = wkv6_module.wkv6_starts(q, log_w, d_out, last, 0.5, span, plan, reverse=True)
+    want, d_want, ends = [first.double()], [last.double()], [*range(0, T, span * plan["C"]), T]
+    for i, j in pairwise(ends):
+        want.append(recurrence([x[:, i:j].double() for x in (q, log_w, k, v)], want[-1], 0.5, False)[1])
+    for i, j in reversed(list(pairwise(ends))):
+        d_state = d_want[-1]
+        for t in range(j - 1, i - 1, -1):
+            read = 0.5 * d_out[:, t, :, :, None].double() * q[:, t, :, None]
+            d_state = (d_state + read) * log_w[:, t].double().exp()[:, :, None]
+        d_want.append(d_state)
+    pairs = ((got, torch.stack(want[:-1], 1)), (d_got, torch.stack(d_want[:-1][::-1], 1)))
+    print(json.dumps([((x - y).norm() / y.norm()).item() for x, y in pairs]))
+
+
 def targets_of(name: str) -> list[str]:
     if name in HOPPER_KERNELS:
         return ["sm_90"]
@@ -160,11 +185,11 @@ def compile_kernel(name: str) -> dict[str, dict[str, int | None]]:
         rwkv7 = name.startswith("wkv7")
         # Two levels of pairs: more repeat the second, at as much time again.
         constants = dict(N=128, BN=128, BK=128 if name == "wkv_step" else 64,
-                         BV={"wkv_step": 4}.get(name, 128 if name.endswith("grad") else 64), C=64, KNOWN=False,
+                         BV={"wkv_step": 4}.get(name, 128 if name.endswith(("grad", "segment")) else 64), C=64, KNOWN=False,
                          DIAG=64 if rwkv7 else 32, LEVELS=1 if rwkv7 else 2, CLAMP=0.60653 if rwkv7 else 4.0,
                          DOT=tl.bfloat16, PREC="tf32" if target[0] == "cuda" else "ieee", GATE_PREC=exact,
                          SOLVE_LEVELS=6, VARLEN=False, CENTRED=True, LAST=True,
-                         HAS_STATE=False, NEED_STATE=False, SAVE=True, REMOVE=True, HAS_SLOTS=False,
+                         HAS_STATE=False, NEED_STATE=False, SAVE=True, REMOVE=True, REVERSE=False, ROWS=16, HAS_SLOTS=False,
                          cu_seqlens=None, chunk_seq=None, chunk_start=None, state_in=None, d_state_out=None, slots=None)
         constants |= special
         warps = constants.pop("warps", 4)
@@ -173,12 +198,12 @@ def compile_kernel(name: str) -> dict[str, dict[str, int | None]]:
         for arg in kernel.arg_names:
             if arg in constants:
                 signature[arg] = "constexpr"
-            elif arg in ("T", "NT", "H", "HV", "HK"):
+            elif arg in ("T", "NT", "walk_chunks", "walks", "H", "HV", "HK"):
                 signature[arg] = "i32"
             elif arg == "scale":
                 signature[arg] = "fp32"
             else:
-                signature[arg] = "*fp32" if arg in ("state", "state_out", "d_state_in") else "*bf16"
+                signature[arg] = "*fp32" if arg in ("state", "states", "decays", "state_out", "d_state_in") else "*bf16"
         aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*"}
         source = (GluonASTSource if hopper else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
         built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps, "num_stages": 1})
@@ -213,6 +238,11 @@ def test_interpreter_matches_float64(name: str) -> None:
     assert max(found) < FLOAT32_BAR, found
 
 
+def test_interpreted_segments_match_float64() -> None:
+    found = child("interpret_segments", TRITON_INTERPRET="1")
+    assert max(found) < FLOAT32_BAR, found
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, dict[str, int | None]]]:
     """One process compiles all: most of a small one's time would be the import of PyTorch."""
@@ -239,14 +269,24 @@ def test_hopper_kernels_serve_bfloat16_on_hopper_only(module: object, monkeypatc
 
 def test_many_programs_take_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     with FakeTensorMode():
         for N, rows, fused in ((128, 2, True), (128, 1, False), (64, 2, False), (64, 3, True), (32, 32, False)):
             x = torch.zeros(rows, 64, 28, N, dtype=torch.bfloat16)
             plan6, plan7 = wkv6_module.wkv6_plan(x, None, None), wkv7_module.wkv7_plan(x, 28, None, -0.6065)
-            assert wkv6_module.wkv6_is_fused(x, x, plan6) is fused
+            assert wkv6_module.wkv6_span(x, x, plan6) == fused
             assert wkv7_module.wkv7_is_fused(x, x, plan7) is fused
             assert not wkv7_module.wkv7_is_fused(x, x, wkv7_module.wkv7_plan(x, 28, None, None))
             assert not wkv7_module.wkv7_is_fused(x, x.float(), plan7)
+
+
+@pytest.mark.parametrize("programs,chunks,slots,walks", [
+    (28, 256, 132, 9), (56, 256, 264, 9), (56, 128, 132, 7), (112, 64, 132, 1), (896, 8, 132, 1), (1, 15, 132, 1),
+    (28, 16, 132, 2),
+])
+def test_few_long_sequences_are_cut(programs: int, chunks: int, slots: int, walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "SEGMENTS", True)
+    assert -(-chunks // segments.walk_span(programs, chunks, slots)) == walks
 
 
 def test_a_release_known_to_be_wrong_is_refused() -> None:
@@ -307,4 +347,4 @@ def test_gpu_matches_float64(name: str, dtype: torch.dtype, bar: float) -> None:
 
 
 if __name__ == "__main__":
-    {"interpret": interpret, "compile": compile_kernels}[sys.argv[1]](*sys.argv[2:])
+    {"interpret": interpret, "interpret_segments": interpret_segments, "compile": compile_kernels}[sys.argv[1]](*sys.argv[2:])

@@ -10,23 +10,26 @@ from torch import Tensor
 
 from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
 from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, OPERATOR_NAMESPACE, triton
+from radlads.backends.torch.kernels.segments import segment_join_kernel, walk_slots, walk_span
 from radlads.backends.torch.kernels.wkv6_plain import wkv6_plain
 from radlads.backends.torch.kernels.wkv6_triton import (
     wkv6_grad_kernel,
     wkv6_intra_kernel,
     wkv6_reverse_kernel,
     wkv6_scan_kernel,
+    wkv6_segment_kernel,
 )
 
 WKV6_HEAD_SIZES = (32, 64, 96, 128)
 
 # (num_warps, num_stages, channels of a program) of each kernel at head sizes up to 64 and up to 128. The channels are values
-# in scan and reverse, keys in grad, and those taken at a time in intra.
+# in scan and reverse, keys in grad and segment, and those taken at a time in intra.
 WKV6_LAUNCH = {
     "intra": ((4, 3, 64), (4, 3, 64)),
     "scan": ((4, 2, 64), (4, 2, 64)),
     "reverse": ((4, 2, 64), (4, 2, 64)),
     "grad": ((4, 1, 64), (4, 1, 64)),
+    "segment": ((4, 2, 64), (4, 2, 64)),
 }
 
 
@@ -109,22 +112,56 @@ def wkv6_has_hopper(q: Tensor, log_w: Tensor) -> bool:
             and torch.cuda.get_device_capability(q.device)[0] == 9)
 
 
-def wkv6_is_fused(q: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
+def wkv6_span(q: Tensor, log_w: Tensor, plan: dict[str, object]) -> int:
+    """Chunks of a walk of the Gluon kernel: a sequence's, or those of its segments; 0 where the portable ones are faster."""
     H, N = q.shape[2:]
-    return plan["seqs"] * H >= WKV6_FUSED_PROGRAMS[int(N > 64)] and wkv6_has_hopper(q, log_w)
+    if not wkv6_has_hopper(q, log_w):
+        return 0
+    span = plan["NT"]
+    if plan["tables"][0] is None:
+        span = walk_span(plan["seqs"] * H, span, walk_slots(q.device, N))
+    return span if plan["seqs"] * triton.cdiv(plan["NT"], span) * H >= WKV6_FUSED_PROGRAMS[int(N > 64)] else 0
+
+
+def wkv6_starts(k: Tensor, log_w: Tensor, v: Tensor, state: Tensor | None, scale: float, span: int, plan: dict[str, object], *,
+                reverse: bool) -> Tensor:
+    """The state (sequences, segments, H, N, N) float32 before each segment of `span` chunks.
+
+    reverse: k is q, v is d(out), and the states are gradients after each segment.
+    """
+    H, N = log_w.shape[2:]
+    walks = triton.cdiv(plan["NT"], span)
+    states = log_w.new_empty((plan["seqs"], walks, H, N, N), dtype=torch.float32)
+    decays = log_w.new_empty((plan["seqs"], walks, H, N), dtype=torch.float32)
+    width = triton.next_power_of_2(N)
+    common = {name: plan["common"][name] for name in ("N", "C", "CLAMP", "DOT", "PREC", "GATE_PREC")}
+    wkv6_segment_kernel[(triton.cdiv(N, plan["tile"]["segment"]), H, plan["seqs"] * (walks - 1))](
+        k, log_w, v, states, decays, plan["T"], plan["NT"], span, H, k.shape[2], v.shape[2], scale, **common,
+        BK=plan["tile"]["segment"], BV=width, REVERSE=reverse, **plan["launch"]["segment"])
+    rows = 16
+    segment_join_kernel[(triton.cdiv(N, rows), H, plan["seqs"])](
+        state, states, decays, walks, H, N=N, BN=width, ROWS=rows, REVERSE=reverse, HAS_STATE=state is not None, num_warps=4)
+    return states
 
 
 def wkv6_fused(q: Tensor, log_w: Tensor, k: Tensor, v: Tensor, state: Tensor | None, out: Tensor, checkpoint: Tensor,
-               final: Tensor, scale: float, plan: dict[str, object], *, reverse: bool, save: bool, last: bool) -> None:
-    """Forward, or REVERSE, as wkv6_fused_kernel describes them."""
+               final: Tensor, scale: float, span: int, plan: dict[str, object], *, reverse: bool, save: bool, last: bool
+               ) -> None:
+    """Forward, or REVERSE, as wkv6_fused_kernel describes them, in walks of `span` chunks."""
     cu, _, chunk_start = plan["tables"]
     H, N = q.shape[2:]
     width = 128 if N > 64 else 64
+    walks, ends = triton.cdiv(plan["NT"], span), final
+    if walks > 1:
+        # Each walk's last state may take the place of its first.
+        state = ends = wkv6_starts(q if reverse else k, log_w, v, state, scale, span, plan, reverse=reverse)
     kernels = import_module("radlads.backends.torch.kernels.wkv6_fused")
-    kernels.wkv6_fused_kernel[(H, plan["seqs"])](
-        q, log_w, k, v, state, out, checkpoint, final, cu, chunk_start, plan["T"], plan["NT"], H, k.shape[2], v.shape[2],
+    kernels.wkv6_fused_kernel[(H, plan["seqs"] * walks)](
+        q, log_w, k, v, state, out, checkpoint, ends, cu, chunk_start, plan["T"], plan["NT"], span, H, k.shape[2], v.shape[2],
         scale, N=N, BN=width, CLAMP=plan["common"]["CLAMP"], **plan["pairs"], REVERSE=reverse, HAS_STATE=state is not None,
         SAVE=save, LAST=last, VARLEN=cu is not None, num_warps=width // 16)
+    if walks > 1 and last:
+        final.copy_(ends[:, 0 if reverse else -1])
 
 
 def wkv6_pairs(q: Tensor, log_w: Tensor, k: Tensor, scale: float, plan: dict[str, object]) -> Tensor:
@@ -147,8 +184,9 @@ def wkv6_forward_op(q: Tensor, k: Tensor, v: Tensor, log_w: Tensor, state: Tenso
     out = torch.empty_like(q)
     final = q.new_empty((plan["seqs"], H, N, N), dtype=torch.float32)
     checkpoint = q.new_empty((plan["chunks"], H, N, N) if save else 0)
-    if wkv6_is_fused(q, log_w, plan):
-        wkv6_fused(q, log_w, k, v, state, out, checkpoint, final, scale, plan, reverse=False, save=save, last=True)
+    span = wkv6_span(q, log_w, plan)
+    if span:
+        wkv6_fused(q, log_w, k, v, state, out, checkpoint, final, scale, span, plan, reverse=False, save=save, last=True)
         return out, final, checkpoint
     pairs = wkv6_pairs(q, log_w, k, scale, plan)
     sizes = (plan["T"], plan["NT"], H, k.shape[2], scale)
@@ -187,8 +225,9 @@ def wkv6_backward_op(d_out: Tensor, d_final: Tensor | None, q: Tensor, k: Tensor
     sizes = (plan["T"], plan["NT"], H, Hk, scale)
     d_final = None if d_final is None else d_final.contiguous()
     # The scores are made again rather than kept: with them the state would not fit in half a KiB a token and head.
-    if wkv6_is_fused(q, log_w, plan):
-        wkv6_fused(q, log_w, k, d_out, d_final, dv, d_checkpoint, d_state, scale, plan, reverse=True, save=True,
+    span = wkv6_span(q, log_w, plan)
+    if span:
+        wkv6_fused(q, log_w, k, d_out, d_final, dv, d_checkpoint, d_state, scale, span, plan, reverse=True, save=True,
                    last=need_state)
     else:
         wkv6_reverse_kernel[(triton.cdiv(N, plan["tile"]["reverse"]), H, plan["seqs"])](

@@ -7,13 +7,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from radlads.backends.torch.kernels.wkv7_fused import box_save, decay_halves, sync_boxes
+from radlads.backends.torch.kernels.wkv7_fused import box_save, decay_halves, sync_boxes, walk_place
 from radlads.backends.torch.kernels.wkv7_hopper import barrier, box_copy, decay_exp, in_place, rows_store
 
 
-@gluon.jit(do_not_specialize=["T", "NT"])
-def wkv6_fused_kernel(q, log_w, k, v, state_in, out, checkpoint, state_out, cu_seqlens, chunk_start, T, NT, H, HK, HV, scale,
-                      N: gl.constexpr, BN: gl.constexpr, DIAG: gl.constexpr, LEVELS: gl.constexpr, CLAMP: gl.constexpr,
+@gluon.jit(do_not_specialize=["T", "NT", "walk_chunks"])
+def wkv6_fused_kernel(q, log_w, k, v, state_in, out, checkpoint, state_out, cu_seqlens, chunk_start, T, NT, walk_chunks, H, HK,
+                      HV, scale, N: gl.constexpr, BN: gl.constexpr, DIAG: gl.constexpr, LEVELS: gl.constexpr, CLAMP: gl.constexpr,
                       REVERSE: gl.constexpr, HAS_STATE: gl.constexpr, SAVE: gl.constexpr, LAST: gl.constexpr,
                       VARLEN: gl.constexpr):
     """Forward: out from v, the state before each chunk, the last state.
@@ -29,20 +29,13 @@ def wkv6_fused_kernel(q, log_w, k, v, state_in, out, checkpoint, state_out, cu_s
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SUMS: gl.constexpr = gl.BlockedLayout([16, 2], [4, 8], [1, WARPS], [0, 1])
     h = gl.program_id(0)
-    seq = gl.program_id(1)
-    if VARLEN:
-        begin = gl.load(cu_seqlens + seq)
-        length = gl.load(cu_seqlens + seq + 1) - begin
-        chunk = gl.load(chunk_start + seq).to(gl.int64)
-    else:
-        begin = seq * T
-        length = T
-        chunk = (seq * NT).to(gl.int64)
+    walk = gl.program_id(1)
+    begin, length, chunk = walk_place(cu_seqlens, chunk_start, walk, T, NT, walk_chunks, VARLEN)
     stride = H * N
     stride_k = HK * N
     stride_v = HV * N
     chunks = ((length + 63) // 64).to(gl.int32)
-    token = begin.to(gl.int64)
+    token = begin
     step = 64
     if REVERSE:
         token += (chunks - 1) * 64
@@ -52,7 +45,7 @@ def wkv6_fused_kernel(q, log_w, k, v, state_in, out, checkpoint, state_out, cu_s
     base = token * stride + h * N
     base_k = token * stride_k + (h // (H // HK)) * N
     base_v = token * stride_v + (h // (H // HV)) * N
-    corner = (seq * H + h).to(gl.int64) * (N * N)
+    corner = (walk * H + h).to(gl.int64) * (N * N)
     row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
     col = gl.arange(0, BN, gl.SliceLayout(0, FLAT))
     keys = gl.arange(0, BN, gl.SliceLayout(1, FLAT))

@@ -207,6 +207,61 @@ def wkv6_reverse_kernel(q, log_w, k, pairs, d_out, d_state_out, dv, d_checkpoint
             tile_store(d_state_in + corner, tl.trans(d_state1), val, col1, N, N, N)
 
 
+@triton.jit(do_not_specialize=["T", "NT", "walk_chunks"])
+def wkv6_segment_kernel(k, log_w, v, states, decays, T, NT, walk_chunks, H, HK, HV, scale,
+                        N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, CLAMP: tl.constexpr,
+                        DOT: tl.constexpr, PREC: tl.constexpr, GATE_PREC: tl.constexpr, REVERSE: tl.constexpr):
+    """What one segment adds to some key channels of the state after it, and their whole decay, both at the next one's place.
+
+    REVERSE: k is q, v is d(out); what the segment adds to d(state) before it, at the place of the segment before.
+    """
+    col = tl.program_id(0) * BK + tl.arange(0, BK)
+    h = tl.program_id(1)
+    walks = tl.cdiv(NT, walk_chunks)
+    seq = tl.program_id(2) // (walks - 1)
+    walk = tl.program_id(2) % (walks - 1)
+    place = walk + 1
+    if REVERSE:
+        place = walk
+        walk += 1
+    first = walk * walk_chunks
+    count = tl.minimum(NT - first, walk_chunks)
+    step = 1
+    if REVERSE:
+        first += count - 1
+        step = -1
+    row = tl.arange(0, C)
+    val = tl.arange(0, BV)
+    stride = H * N
+    stride_k = HK * N
+    stride_v = HV * N
+    token = (seq * T + first * C).to(tl.int64)
+    base = token * stride + h * N
+    base_k = token * stride_k + (h // (H // HK)) * N
+    base_v = token * stride_v + (h // (H // HV)) * N
+    length = T - first * C
+    state = tl.zeros((BK, BV), tl.float32)
+    total = tl.zeros((BK,), tl.float32)
+    for _ in range(0, count):
+        x = gate_load(log_w + base, row, col, length, stride, N, CLAMP)
+        if REVERSE:
+            factor = decay_query_state(x, C, GATE_PREC) * scale
+        else:
+            factor = decay_key_state(x, C, GATE_PREC)
+        key = (tile_load(k + base_k, row, col, length, stride_k, N) * factor).to(DOT)
+        value = tile_load(v + base_v, row, val, length, stride_v, N).to(DOT)
+        whole = tl.sum(x.to(tl.float32), 0)
+        total += whole
+        state = tl.dot(tl.trans(key), value, state * decay_exp(whole)[:, None], input_precision=PREC)
+        base += step * C * stride
+        base_k += step * C * stride_k
+        base_v += step * C * stride_v
+        length -= step * C
+    place = ((seq * walks + place) * H + h).to(tl.int64)
+    tile_store(states + place * N * N, tl.trans(state), val, col, N, N, N)
+    tl.store(decays + place * N + col, decay_exp(total), mask=col < N)
+
+
 @triton.jit
 def wkv6_key_channels(q, log_w, k, v, d_out, state, d_state, dq, d_log_w, dk, row, col, val, length, stride, stride_k,
                       scale, N: tl.constexpr, C: tl.constexpr, DIAG: tl.constexpr, LEVELS: tl.constexpr,

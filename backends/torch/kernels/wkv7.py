@@ -161,7 +161,8 @@ def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b
         kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
         solve, a_rb = (r.new_empty((plan["chunks"], H, 64, 64) if save else 0) for _ in range(2))
         kernels.wkv7_fused_forward_kernel[(H, plan["seqs"])](
-            r, log_w, k, v, a, b, state, out, u, checkpoint, solve, a_rb, final, cu, chunk_start, *sizes, scale, N=N,
+            r, log_w, k, v, a, b, state, out, u, checkpoint, solve, a_rb, final, cu, chunk_start, plan["T"],
+            plan["NT"], plan["NT"], H, v.shape[2], scale, N=N,
             BN=plan["width"], CLAMP=plan["gates"]["CLAMP"], HAS_STATE=state is not None, SAVE=save,
             VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
         return out, final, u, checkpoint, solve, a_rb
@@ -210,9 +211,9 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     if fused:
         kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
         kernels.wkv7_fused_reverse_kernel[(H, plan["seqs"])](
-            r, log_w, k, a, b, solve, a_rb, d_out, d_final, dv, du, d_checkpoint, d_state, cu, chunk_start, *sizes, scale,
-            N=N, BN=plan["width"], CLAMP=plan["gates"]["CLAMP"], HAS_STATE=d_final is not None, NEED_STATE=need_state,
-            VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
+            r, log_w, k, a, b, solve, a_rb, d_out, d_final, dv, du, d_checkpoint, d_state, cu, chunk_start, plan["T"],
+            plan["NT"], plan["NT"], H, scale, N=N, BN=plan["width"], CLAMP=plan["gates"]["CLAMP"],
+            HAS_STATE=d_final is not None, NEED_STATE=need_state, VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
     else:
         # Of the factors only the two that cost most are kept: all together are as large as six of the inputs.
         factors = wkv7_solve(r, log_w, k, a, b, scale, plan, (solve, a_rb) if plan["centred"] else None)

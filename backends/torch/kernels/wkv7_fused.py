@@ -83,9 +83,26 @@ def box_save(base, box, row, col, length, width, stride, FLAT: gl.constexpr):
     gl.store(base + row * stride + col[None, :], box.load(FLAT), mask=(row < length) & (col[None, :] < width))
 
 
-@gluon.jit(do_not_specialize=["T", "NT"])
+@gluon.jit
+def walk_place(cu_seqlens, chunk_start, walk, T, NT, walk_chunks, VARLEN: gl.constexpr):
+    """First token, number of tokens and first chunk of a sequence, or of one of its segments of `walk_chunks` chunks."""
+    if VARLEN:
+        begin = gl.load(cu_seqlens + walk)
+        length = gl.load(cu_seqlens + walk + 1) - begin
+        chunk = gl.load(chunk_start + walk)
+    else:
+        walks = (NT + walk_chunks - 1) // walk_chunks
+        seq = walk // walks
+        first = (walk % walks) * walk_chunks
+        begin = seq * T + first * 64
+        length = gl.minimum(T - first * 64, walk_chunks * 64)
+        chunk = seq * NT + first
+    return begin.to(gl.int64), length, chunk.to(gl.int64)
+
+
+@gluon.jit(do_not_specialize=["T", "NT", "walk_chunks"])
 def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkpoint, solve, a_rb, state_out,
-                              cu_seqlens, chunk_start, T, NT, H, HV, scale,
+                              cu_seqlens, chunk_start, T, NT, walk_chunks, H, HV, scale,
                               N: gl.constexpr, BN: gl.constexpr, CLAMP: gl.constexpr, HAS_STATE: gl.constexpr,
                               SAVE: gl.constexpr, VARLEN: gl.constexpr):
     """Outputs and the last state; for training also u, the state before each chunk, solution matrices and A_rb."""
@@ -98,20 +115,13 @@ def wkv7_fused_forward_kernel(r, log_w, k, v, a, b, state_in, out, u_out, checkp
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SUMS: gl.constexpr = gl.BlockedLayout([16, 2], [4, 8], [1, WARPS], [0, 1])
     h = gl.program_id(0)
-    seq = gl.program_id(1)
-    if VARLEN:
-        begin = gl.load(cu_seqlens + seq)
-        length = gl.load(cu_seqlens + seq + 1) - begin
-        chunk = gl.load(chunk_start + seq).to(gl.int64)
-    else:
-        begin = seq * T
-        length = T
-        chunk = (seq * NT).to(gl.int64)
+    walk = gl.program_id(1)
+    begin, length, chunk = walk_place(cu_seqlens, chunk_start, walk, T, NT, walk_chunks, VARLEN)
     stride = H * N
     stride_v = HV * N
-    base = begin.to(gl.int64) * stride + h * N
-    base_v = begin.to(gl.int64) * stride_v + (h // (H // HV)) * N
-    corner = (seq * H + h).to(gl.int64) * (N * N)
+    base = begin * stride + h * N
+    base_v = begin * stride_v + (h // (H // HV)) * N
+    corner = (walk * H + h).to(gl.int64) * (N * N)
     row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
     col = gl.arange(0, BN, gl.SliceLayout(0, FLAT))
     keys = gl.arange(0, BN, gl.SliceLayout(1, FLAT))
@@ -268,9 +278,9 @@ def other_copies(rr, kk, aa, do, r, k, a, d_out, at, row, col, wide, length, N: 
     box_copy(do, d_out + at, row, wide, length, N, stride)
 
 
-@gluon.jit(do_not_specialize=["T", "NT"])
+@gluon.jit(do_not_specialize=["T", "NT", "walk_chunks"])
 def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out, dv, du, d_checkpoint, d_state_in,
-                              cu_seqlens, chunk_start, T, NT, H, scale,
+                              cu_seqlens, chunk_start, T, NT, walk_chunks, H, scale,
                               N: gl.constexpr, BN: gl.constexpr, CLAMP: gl.constexpr, HAS_STATE: gl.constexpr,
                               NEED_STATE: gl.constexpr, VARLEN: gl.constexpr):
     """From the end: d(u), d(v) and, of each chunk, the gradient of its middle's state, had the chunk added nothing."""
@@ -283,21 +293,14 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SUMS: gl.constexpr = gl.BlockedLayout([16, 1 if WARPS == 8 else 2], [4, 8], [1, WARPS], [0, 1])
     h = gl.program_id(0)
-    seq = gl.program_id(1)
-    if VARLEN:
-        begin = gl.load(cu_seqlens + seq)
-        length = gl.load(cu_seqlens + seq + 1) - begin
-        chunk = gl.load(chunk_start + seq).to(gl.int64)
-    else:
-        begin = seq * T
-        length = T
-        chunk = (seq * NT).to(gl.int64)
+    walk = gl.program_id(1)
+    begin, length, chunk = walk_place(cu_seqlens, chunk_start, walk, T, NT, walk_chunks, VARLEN)
     stride = H * N
     chunks = ((length + 63) // 64).to(gl.int32)
-    base = (begin.to(gl.int64) + (chunks - 1) * 64) * stride + h * N
+    base = (begin + (chunks - 1) * 64) * stride + h * N
     chunk += chunks - 1
     length -= (chunks - 1) * 64
-    corner = (seq * H + h).to(gl.int64) * (N * N)
+    corner = (walk * H + h).to(gl.int64) * (N * N)
     row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
     col = gl.arange(0, 64, gl.SliceLayout(0, FLAT))
     wide = gl.arange(0, BN, gl.SliceLayout(0, FLAT))
