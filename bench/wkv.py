@@ -1,7 +1,7 @@
 """Times the WKV training kernels on one GPU against the byte floor and, where importable, flash-linear-attention.
 
 Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers] [--profile] [--float32-gates] [--unbounded]
-     python bench/wkv.py --decode | --decode-model
+     python bench/wkv.py --decode | --decode-model [--fused-step] [--profile] [--batches 1,8]
 Prints one row per op and shape, last. Calls are queued without waiting in between, as in training, and timed by events on the
 device; the L2 cache is overwritten before each. Floor: each bf16 input read once and each output written once, at the bandwidth
 of a large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from radlads.backends.torch import layer_step
+from radlads.backends.torch.kernels import segments
 from radlads.backends.torch.kernels.decode import wkv6_step, wkv7_step
 from radlads.backends.torch.kernels.wkv6 import wkv6
 from radlads.backends.torch.kernels.wkv7 import wkv7
@@ -181,7 +183,7 @@ def decode(op: str, batch: int, H: int, N: int) -> str:
             f"{rate:5.1f} % of its speed")
 
 
-def decode_model(arch: str) -> list[str]:
+def decode_model(arch: str, batches: list[int], profiled: bool, bandwidth: float) -> list[str]:
     """Tokens a second of a student of Qwen2.5-7B's shape, random weights: one CUDA graph a token, greedy."""
     from bench.step import random_model
     from radlads.backends.torch.decode import Rows, captured, logits_of
@@ -189,7 +191,7 @@ def decode_model(arch: str) -> list[str]:
     model = random_model(SHAPES["qwen2.5-7b"].as_student(arch), "cuda").requires_grad_(False)
     read = sum(x.nbytes for name, x in model.named_parameters() if not name.endswith("embed_tokens.weight"))
     lines = []
-    for batch in (1, 8, 64, 128):
+    for batch in batches:
         rows = Rows(model, batch, 1)
         tokens = torch.zeros(batch, dtype=torch.long, device="cuda")
 
@@ -199,9 +201,25 @@ def decode_model(arch: str) -> list[str]:
         run = captured(step, rows, torch.Generator("cuda"))
         took = milliseconds(run, torch.empty(0, device="cuda"), 20)
         states = 2 * sum(x.nbytes for layer in rows.layers for name, x in layer.items() if name == "wkv")
-        lines.append(f"{arch} 7B graph  batch {batch:4d}  {took:7.3f} ms a token  {1e3 * batch / took:9.0f} tok/s  "
-                     f"{(read + states) / took / 1e9:5.2f} TB/s of weights and states")
+        rate = (read + states) / took * 1e3
+        lines.append(f"{arch} 7B graph{' by few kernels' if rows.fused else ''}  batch {batch:4d}  {took:7.3f} ms a token  "
+                     f"{1e3 * batch / took:9.0f} tok/s  {rate / 1e12:5.2f} TB/s of weights and states, "
+                     f"{100 * rate / bandwidth:.0f} % of a copy")
+        if profiled:
+            lines.append(f"  {kernels_of(run)}")
     return lines
+
+
+def kernels_of(run: Callable[[], object]) -> str:
+    """Milliseconds and launches of each kernel of one call, the longest first, and how many launches in all."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+    rows = sorted(((e.self_device_time_total / 3e3, e.count // 3, e.key) for e in trace.key_averages()
+                   if e.self_device_time_total), reverse=True)
+    top = "  ".join(f"{key.split('<')[0].removesuffix('_kernel')[-40:]} {ms:.3f}/{count}" for ms, count, key in rows[:12])
+    return f"{sum(row[1] for row in rows)} launches, {sum(row[0] for row in rows):.3f} ms in kernels: {top}"
 
 
 def geometric_means(rows: list[tuple[str, int, float, float]]) -> list[str]:
@@ -223,11 +241,15 @@ def main() -> None:
     parser.add_argument("--float32-gates", action="store_true")
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
     parser.add_argument("--decode-model", action="store_true", help="time a whole model of 7B, a token at a time, instead")
+    parser.add_argument("--fused-step", action="store_true", help="--decode-model: a layer by few kernels, at batches up to 8")
+    parser.add_argument("--batches", default="1,8,64,128", help="--decode-model: rows, comma-separated")
+    parser.add_argument("--segments", action="store_true", help="cut long sequences where that is faster")
     parser.add_argument("--unbounded", action="store_true", help="RWKV-7 without the decay bound")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/wkv.py needs an NVIDIA or AMD GPU")
     torch.manual_seed(0)
+    segments.SEGMENTS, layer_step.FUSED_STEP = options.segments, options.fused_step
     flush = torch.empty(2 ** 26, device="cuda")
     bandwidth = copy_bandwidth(flush)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
@@ -238,7 +260,8 @@ def main() -> None:
         return
     if options.decode_model:
         for op in options.ops.split(","):
-            print(*decode_model(op), sep="\n", flush=True)
+            batches = [int(batch) for batch in options.batches.split(",")]
+            print(*decode_model(op, batches, options.profile, bandwidth), sep="\n", flush=True)
             torch.cuda.empty_cache()
         return
     gates = torch.float32 if options.float32_gates else torch.bfloat16

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radlads.backends.torch.kernels.attend import attend
+from radlads.backends.torch.layer_step import fed_step, mixed_step, step_has_kernels
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.positions import rope_depends_on_length
@@ -26,6 +27,7 @@ class Rows:
         self.model, self.count = model, count
         weight = model.model.norm.weight
         spec, self.device = model.spec, weight.device
+        self.fused = step_has_kernels(model, count)
         # How many tokens each row has had; the same for all of them.
         self.seen = torch.zeros(1, dtype=torch.long, device=self.device)
         self.layers: list[LayerState] = []
@@ -60,16 +62,17 @@ class Rows:
         filled = self.seen + 1
         layers: list[Any] = list(decoder.layers)
         for layer, mixer, held in zip(layers, self.model.spec.mixers, self.layers, strict=True):
-            normed = layer.input_layernorm(x)
             if mixer == "softmax":
-                x = x + self.attend(layer.self_attn, normed, context, held, filled)
+                x = x + self.attend(layer.self_attn, layer.input_layernorm(x), context, held, filled)
+            elif self.fused:
+                x = mixed_step(layer, x[:, 0], context, held["wkv"])[:, None]
             else:
-                mixed, new = layer.self_attn(normed, context, held)
+                mixed, new = layer.self_attn(layer.input_layernorm(x), context, held)
                 for name, value in new.items():
                     if value is not held[name]:
                         held[name].copy_(value)
                 x = x + mixed
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = fed_step(layer, x[:, 0])[:, None] if self.fused else x + layer.mlp(layer.post_attention_layernorm(x))
         self.seen += 1
         return decoder.norm(x)[:, 0]
 

@@ -346,5 +346,19 @@ def test_gpu_matches_float64(name: str, dtype: torch.dtype, bar: float) -> None:
     assert found == errors(name, dtype, "cuda")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("N", [64, 96, 128])
+def test_gpu_segments_match_float64(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two heads of 33 chunks: with segments, no worse than allowed, and the same bits twice."""
+    monkeypatch.setattr(segments, "SEGMENTS", True)
+    monkeypatch.setattr(wkv6_module, "WKV6_FUSED_PROGRAMS", (1, 1))
+    monkeypatch.setitem(CASES, "segments", (6, (1, 2100, 2, N), 1, 5.0, -5.0, None, True))
+    x = torch.zeros(1, 2100, 2, N, dtype=torch.bfloat16, device="cuda")
+    assert wkv6_module.wkv6_span(x, x, wkv6_module.wkv6_plan(x, None, -5.0)) in range(8, 33)
+    found = errors("segments", torch.bfloat16, "cuda")
+    assert max(found) < BFLOAT16_BAR, found
+    assert found == errors("segments", torch.bfloat16, "cuda")
+
+
 if __name__ == "__main__":
     {"interpret": interpret, "interpret_segments": interpret_segments, "compile": compile_kernels}[sys.argv[1]](*sys.argv[2:])

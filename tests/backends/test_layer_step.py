@@ -1,0 +1,141 @@
+"""A token through a layer by few kernels: the same hidden states as the modules, and kernels that fit a GPU.
+
+Interpreted and compiled in processes of their own: `python -m tests.backends.test_layer_step interpret|compile`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from radlads.backends.torch import layer_step
+from radlads.backends.torch.decode import Rows
+from radlads.backends.torch.load import load_model
+from radlads.backends.torch.model import Model
+from radlads.folder import open_folder
+from radlads.weights_tools.surgery import make_student
+from tests.models import tiny_teacher
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def random_student(
+    path: Path, kept: tuple[int, ...] = (1,), family: str = "qwen2", arch: str = "rwkv7", **options: object
+) -> Model:
+    """A student of three layers with every weight moved away from its first value."""
+    tiny_teacher(path / "teacher", family, num_layers=3)
+    make_student(open_folder(path / "teacher"), path / "student", arch=arch, keep_softmax=kept, options=options)
+    model = load_model(open_folder(path / "student")).requires_grad_(False)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        weight.add_(0.2 * torch.randn_like(weight) * (1.0 if "norm" in name else 0.5))
+    return model
+
+
+def worst(model: Model, count: int) -> float:
+    """The largest relative RMS difference of hidden states and of states over four tokens, after a prompt of three."""
+    device = model.head.device
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 300, (count, 7), device=device)
+    layer_step.FUSED_STEP = False
+    plain = Rows(model, count, 8)
+    layer_step.FUSED_STEP = True
+    fused = Rows(model, count, 8)
+    assert fused.fused and not plain.fused
+    errors = []
+    for rows in (plain, fused):
+        rows.begin(tokens[:, :3])
+    for t in range(3, 7):
+        want, got = plain.step(tokens[:, t]).double(), fused.step(tokens[:, t]).double()
+        errors.append(float((got - want).norm() / want.norm()))
+    for mine, other in zip(fused.layers, plain.layers, strict=True):
+        errors += [float((mine[name] - other[name]).norm() / other[name].norm()) for name in mine]
+    return max(errors)
+
+
+def interpret() -> None:
+    layer_step.runs_kernels = lambda weight: layer_step.FUSED_STEP
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_student(Path(folder))
+        print(json.dumps(max(worst(model, count) for count in (1, 3))))
+
+
+def compile_kernels() -> None:
+    """Spilled bytes of each kernel at the widths of a 7B model, one row and eight, for sm_90; all of them for sm_80."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from radlads.backends.torch.kernels import layer_step as kernels
+    from tests.backends.test_kernels_triton import stack_bytes
+
+    sizes = {"K": 3584, "C": 3584, "CKV": 512, "RW": 96, "RA": 96, "RV": 64, "RG": 256, "BIAS": True, "H": 28, "HKV": 4,
+             "N": 128, "BN": 128, "BV": 4, "ROPE": True, "MIX_FIRST": True, "BR": 32}  # fmt: skip
+    floats, scalars = ("qkv", "low", "parts", "v_first", "state"), {"count": "i32", "rows": "i32", "eps": "fp32", "scale": "fp32"}
+    spilled = {}
+    for name in ("project", "expand", "mix", "add_linear", "gated_units"):
+        for rows in (1, 8) if name in ("project", "add_linear", "gated_units") else (1,):
+            kernel = getattr(kernels, f"{name}_kernel")
+            known = sizes | layer_step.launch_sizes(rows) | {"COLS": 64 if name == "expand" else layer_step.launch_columns(rows)}
+            known = {key: value for key, value in known.items() if key in kernel.arg_names}
+            signature = {key: scalars.get(key, "*fp32" if key in floats else "*bf16") for key in kernel.arg_names}
+            signature |= dict.fromkeys(known, "constexpr") | ({"low": "fp32"} if name == "mix" else {})
+            aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if signature[key][0] == "*"}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
+            for target in (80, 90):
+                options = {"num_warps": 1 if name == "mix" else 4}
+                built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+                spilled[f"{name} {rows} {target}"] = stack_bytes(built.asm.get("cubin"))
+    print(json.dumps(spilled))
+
+
+def child(word: str, interpreted: str) -> object:
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.backends.test_layer_step", word], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpreted}, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_interpreted_steps_equal_the_modules() -> None:
+    assert child("interpret", "1") < 1e-5
+
+
+def test_compiled_ahead_nothing_spills() -> None:
+    spilled = child("compile", "0")
+    assert len(spilled) == 16 and not any(spilled.values()), spilled
+
+
+@pytest.mark.parametrize(
+    "family, arch, options",
+    [("qwen3", "rwkv7", {}), ("qwen2", "rwkv6", {}), ("qwen2", "rwkv7", {"variant": "B", "groupnorm": True})],
+)
+def test_models_that_the_kernels_do_not_know_take_the_modules(family, arch, options, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(layer_step, "runs_kernels", lambda weight: True)
+    assert not layer_step.step_has_kernels(random_student(tmp_path, (), family, arch, **options), 1)
+
+
+def test_adapters_and_many_rows_take_the_modules(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(layer_step, "runs_kernels", lambda weight: True)
+    model = random_student(tmp_path)
+    assert layer_step.step_has_kernels(model, layer_step.MOST_ROWS)
+    assert not layer_step.step_has_kernels(model, layer_step.MOST_ROWS + 1)
+    model.model.layers[2].mlp.up_proj = torch.nn.Sequential(model.model.layers[2].mlp.up_proj)
+    assert not layer_step.step_has_kernels(model, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_steps_equal_the_modules(tmp_path, monkeypatch) -> None:
+    model = random_student(tmp_path).cuda()
+    assert max(worst(model, count) for count in (1, 3, 8)) < 1e-4
+
+
+if __name__ == "__main__":
+    {"interpret": interpret, "compile": compile_kernels}[sys.argv[1]]()
