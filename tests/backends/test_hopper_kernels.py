@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 KERNELS = "radlads.backends.torch.kernels."
-HOPPER_MODULES = ("wkv6_hopper", "wkv7_hopper", "wkv7_fused", "wkv6_fused")
+HOPPER_MODULES = ("wkv6_hopper", "wkv7_hopper", "wkv7_fused", "wkv6_fused", "wkv7_segment")
 
 
 class Index(int):
@@ -242,13 +242,41 @@ def test_fused_backward_matches_float64(N: int, run: object) -> None:
     r, log_w, k, _, a, b = inputs
     du, d_states = torch.zeros_like(u), torch.zeros_like(states)
     run("wkv7_fused", "wkv7_fused_reverse_kernel", [(0, 0)], r, log_w, k, a, b, solve, a_rb, x["d_out"], d_last, grads["v"],
-        du, d_states, d_start, *sizes[:6], *sizes[7:], True, True, False)
+        du, d_states, d_start, *sizes[:6], *sizes[7:], True, True, False, False)
     chunks = [(part, 0, chunk) for part in range(width // 64) for chunk in range(3)]
     run("wkv7_hopper", "wkv7_hopper_grad_kernel", chunks, *inputs, u, states, x["d_out"], du, d_states,
         *(grads[name] for name in ("q", "log_w", "k", "a", "b")), None, *sizes[:4], 1, 1, 0.5, N, 0.6126, True, False)
     for name, grad in grads.items():
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
     assert (d_start.T.double() - want["state"]).norm() / want["state"].norm() < 5e-3
+
+
+@pytest.mark.parametrize("N", [64, 96])
+def test_first_walk_over_segments_matches_float64(N: int, run: object) -> None:
+    T, width, span = 150, 64 if N == 64 else 128, 2
+    x, _ = recurrence(T, N, 0.6, True)
+    inputs = [x[name] for name in ("q", "log_w", "k", "v", "a", "b")]
+    added, passes = (torch.full((2, N, N), float("nan")) for _ in range(2))
+    sizes = (Index(T), Index(3), Index(span), 1)
+    run("wkv7_segment", "wkv7_segment_kernel", [(0, 0), (0, 1)], *inputs[1:], added, passes, *sizes, 1, N, width, 0.6126)
+    solve, a_rb = (torch.zeros(3, 64, 64, dtype=torch.bfloat16) for _ in range(2))
+    out, u, states = torch.zeros_like(x["v"]), torch.zeros_like(x["v"]), torch.zeros(3, N, N, dtype=torch.bfloat16)
+    run("wkv7_fused", "wkv7_fused_forward_kernel", [(0, 0)], *inputs, torch.zeros(N, N), out, u, states, solve, a_rb,
+        torch.zeros(N, N), None, None, Index(T), Index(3), Index(3), 1, 1, 0.5, N, width, 0.6126, True, True, False)
+    r, log_w, k, _, a, b = inputs
+    d_added = torch.full((2, N, N), float("nan"))
+    run("wkv7_fused", "wkv7_fused_reverse_kernel", [(0, 0)], r, log_w, k, a, b, solve, a_rb, x["d_out"], None, None, None, None,
+        d_added, None, None, *sizes, 0.5, N, width, 0.6126, False, True, True, False)
+    ends = []
+    for start, segment, values in ((torch.zeros(N, N), (0, 128), 1), (torch.eye(N), (0, 128), 0), (torch.eye(N), (128, T), 0)):
+        state = start.double()
+        for t in range(*segment):
+            k, v, log_w, a, b = (x[name][t].double() for name in ("k", "v", "log_w", "a", "b"))
+            state = state * log_w.exp() + (state @ a)[:, None] * b + values * v[:, None] * k
+        ends.append(state)
+    for found, right in zip((added[1], passes[0], passes[1], d_added[0].T), (*ends, x["d_states"][1].double()), strict=True):
+        assert (found.double() - right).norm() / right.norm() < 5e-3
+    assert added[0].isnan().all() and d_added[1].isnan().all()
 
 
 @pytest.mark.parametrize("N,span,levels", [(64, 3, 3), (96, 2, 4)])

@@ -55,6 +55,7 @@ HOPPER_KERNELS = {
     "wkv6_fused": ("wkv6_fused", "wkv6_fused_kernel", {"REVERSE": False, "DIAG": 8, "LEVELS": 4, "warps": 8}),
     "wkv7_fused": ("wkv7_fused", "wkv7_fused_forward_kernel", {"warps": 8}),
     "wkv7_fused_reverse": ("wkv7_fused", "wkv7_fused_reverse_kernel", {"warps": 8}),
+    "wkv7_segment": ("wkv7_segment", "wkv7_segment_kernel", {"warps": 8}),
 }
 TARGETS = {"sm_80": (("cuda", 80, 32), 163 * 1024), "sm_90": (("cuda", 90, 32), 227 * 1024),
            "gfx942": (("hip", "gfx942", 64), 64 * 1024)}
@@ -152,6 +153,18 @@ def interpret_segments() -> None:
             d_state = (d_state + read) * log_w[:, t].double().exp()[:, :, None]
         d_want.append(d_state)
     pairs = ((got, torch.stack(want[:-1], 1)), (d_got, torch.stack(d_want[:-1][::-1], 1)))
+    # Segments that pass the state on by a matrix each.
+    added, passes = (torch.randn(B, 4, H, N, N) for _ in range(2))
+    passes /= N ** 0.5
+    for reverse, ours in ((False, added.clone()), (True, added.clone())):
+        wkv7_module.wkv7_join(first, ours, passes, reverse=reverse)
+        state, right = first.double(), torch.empty(B, 4, H, N, N, dtype=torch.float64)
+        for place in reversed(range(4)) if reverse else range(4):
+            if place != (3 if reverse else 0):
+                matrix = passes[:, place + 1].mT if reverse else passes[:, place - 1]
+                state = state @ matrix.double() + added[:, place]
+            right[:, place] = state
+        pairs = (*pairs, (ours, right))
     print(json.dumps([((x - y).norm() / y.norm()).item() for x, y in pairs]))
 
 
@@ -189,7 +202,8 @@ def compile_kernel(name: str) -> dict[str, dict[str, int | None]]:
                          DIAG=64 if rwkv7 else 32, LEVELS=1 if rwkv7 else 2, CLAMP=0.60653 if rwkv7 else 4.0,
                          DOT=tl.bfloat16, PREC="tf32" if target[0] == "cuda" else "ieee", GATE_PREC=exact,
                          SOLVE_LEVELS=6, VARLEN=False, CENTRED=True, LAST=True,
-                         HAS_STATE=False, NEED_STATE=False, SAVE=True, REMOVE=True, REVERSE=False, ROWS=16, HAS_SLOTS=False,
+                         HAS_STATE=False, NEED_STATE=False, SAVE=True, REMOVE=True, REVERSE=False, ROWS=16,
+                         MATRIX=name == "segment_join", LOCAL=False, HAS_SLOTS=False,
                          cu_seqlens=None, chunk_seq=None, chunk_start=None, state_in=None, d_state_out=None, slots=None)
         constants |= special
         warps = constants.pop("warps", 4)
@@ -203,7 +217,8 @@ def compile_kernel(name: str) -> dict[str, dict[str, int | None]]:
             elif arg == "scale":
                 signature[arg] = "fp32"
             else:
-                signature[arg] = "*fp32" if arg in ("state", "states", "decays", "state_out", "d_state_in") else "*bf16"
+                floats = ("state", "states", "decays", "passes", "state_out", "d_state_in")
+                signature[arg] = "*fp32" if arg in floats else "*bf16"
         aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names) if signature[arg][0] == "*"}
         source = (GluonASTSource if hopper else ASTSource)(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
         built = triton.compile(source, target=GPUTarget(*target), options={"num_warps": warps, "num_stages": 1})
@@ -275,9 +290,9 @@ def test_many_programs_take_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -
             x = torch.zeros(rows, 64, 28, N, dtype=torch.bfloat16)
             plan6, plan7 = wkv6_module.wkv6_plan(x, None, None), wkv7_module.wkv7_plan(x, 28, None, -0.6065)
             assert wkv6_module.wkv6_span(x, x, plan6) == fused
-            assert wkv7_module.wkv7_is_fused(x, x, plan7) is fused
-            assert not wkv7_module.wkv7_is_fused(x, x, wkv7_module.wkv7_plan(x, 28, None, None))
-            assert not wkv7_module.wkv7_is_fused(x, x.float(), plan7)
+            assert wkv7_module.wkv7_span(x, x, plan7) == fused
+            assert not wkv7_module.wkv7_span(x, x, wkv7_module.wkv7_plan(x, 28, None, None))
+            assert not wkv7_module.wkv7_span(x, x.float(), plan7)
 
 
 @pytest.mark.parametrize("programs,chunks,slots,walks", [
@@ -348,13 +363,18 @@ def test_gpu_matches_float64(name: str, dtype: torch.dtype, bar: float) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("N", [64, 96, 128])
-def test_gpu_segments_match_float64(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [6, 7])
+def test_gpu_segments_match_float64(number: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two heads of 33 chunks: with segments, no worse than allowed, and the same bits twice."""
     monkeypatch.setattr(segments, "SEGMENTS", True)
     monkeypatch.setattr(wkv6_module, "WKV6_FUSED_PROGRAMS", (1, 1))
-    monkeypatch.setitem(CASES, "segments", (6, (1, 2100, 2, N), 1, 5.0, -5.0, None, True))
+    monkeypatch.setattr(wkv7_module, "WKV7_FUSED_PROGRAMS", (1, 1))
+    bound = -5.0 if number == 6 else -0.6065
+    monkeypatch.setitem(CASES, "segments", (number, (1, 2100, 2, N), 1 if number == 6 else 2, -bound, bound, None, True))
     x = torch.zeros(1, 2100, 2, N, dtype=torch.bfloat16, device="cuda")
-    assert wkv6_module.wkv6_span(x, x, wkv6_module.wkv6_plan(x, None, -5.0)) in range(8, 33)
+    span = wkv6_module.wkv6_span(x, x, wkv6_module.wkv6_plan(x, None, bound)) if number == 6 else \
+        wkv7_module.wkv7_span(x, x, wkv7_module.wkv7_plan(x, 2, None, bound))
+    assert 8 <= span < 33
     found = errors("segments", torch.bfloat16, "cuda")
     assert max(found) < BFLOAT16_BAR, found
     assert found == errors("segments", torch.bfloat16, "cuda")

@@ -19,13 +19,16 @@ def walk_span(programs: int, chunks: int, slots: int, local_cost: float = LOCAL_
 
     slots: how many programs run at the same time.
     """
+    if not SEGMENTS or chunks < 2 * SHORTEST_SEGMENT:
+        return chunks
+
     def cost(span: int) -> float:
         walks = -(-chunks // span)
         steps = -(-programs * walks // slots) * span
         return steps if walks == 1 else steps * (1 + local_cost) + walks * JOIN_COST
 
-    spans = {-(-chunks // walks) for walks in range(2, max(2, chunks // SHORTEST_SEGMENT) + 1)}
-    return min([chunks, *sorted(spans, reverse=True)], key=cost) if SEGMENTS and chunks >= 2 * SHORTEST_SEGMENT else chunks
+    spans = {-(-chunks // walks) for walks in range(2, chunks // SHORTEST_SEGMENT + 1)}
+    return min([chunks, *sorted(spans, reverse=True)], key=cost)
 
 
 def walk_slots(device: torch.device, N: int) -> int:
@@ -35,11 +38,12 @@ def walk_slots(device: torch.device, N: int) -> int:
 
 @triton.jit(do_not_specialize=["walks"])
 def segment_join_kernel(state, states, decays, walks, H, N: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
-                        REVERSE: tl.constexpr, HAS_STATE: tl.constexpr):
+                        MATRIX: tl.constexpr, PREC: tl.constexpr, REVERSE: tl.constexpr, HAS_STATE: tl.constexpr):
     """In place: from what the segments before each one add (at its place) to the state it begins with.
 
     states: (sequences, walks, H, N, N) float32, rows are value channels; decays: (sequences, walks, H, N), the decay over the
-    segment before. REVERSE goes from the last segment to the first.
+    segment before; MATRIX: (sequences, walks, H, N, N), each segment's matrix (key before, key after) at its own place. REVERSE
+    goes from the last segment to the first, where a matrix acts as its transpose.
     """
     h = tl.program_id(1)
     seq = tl.program_id(2)
@@ -55,8 +59,14 @@ def segment_join_kernel(state, states, decays, walks, H, N: tl.constexpr, BN: tl
         place += walks - 1
     tl.store(states + (place * H + h) * N * N + cell, carried, mask=inside)
     for _ in range(1, walks):
+        passed = place
         place += -1 if REVERSE else 1
-        decay = tl.load(decays + (place * H + h) * N + key, mask=key < N, other=0.0)
         there = states + (place * H + h) * N * N + cell
-        carried = carried * decay[None, :] + tl.load(there, mask=inside, other=0.0)
+        if MATRIX:
+            square = key[:, None] + key[None, :] * N if REVERSE else key[:, None] * N + key[None, :]
+            matrix = tl.load(decays + (passed * H + h) * N * N + square, mask=(key[:, None] < N) & (key[None, :] < N), other=0.0)
+            carried = tl.dot(carried, matrix, tl.load(there, mask=inside, other=0.0), input_precision=PREC)
+        else:
+            decay = tl.load(decays + (place * H + h) * N + key, mask=key < N, other=0.0)
+            carried = carried * decay[None, :] + tl.load(there, mask=inside, other=0.0)
         tl.store(there, carried, mask=inside)

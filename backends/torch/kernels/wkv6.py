@@ -140,7 +140,8 @@ def wkv6_starts(k: Tensor, log_w: Tensor, v: Tensor, state: Tensor | None, scale
         BK=plan["tile"]["segment"], BV=width, REVERSE=reverse, **plan["launch"]["segment"])
     rows = 16
     segment_join_kernel[(triton.cdiv(N, rows), H, plan["seqs"])](
-        state, states, decays, walks, H, N=N, BN=width, ROWS=rows, REVERSE=reverse, HAS_STATE=state is not None, num_warps=4)
+        state, states, decays, walks, H, N=N, BN=width, ROWS=rows, MATRIX=False,
+        PREC=common["GATE_PREC"], REVERSE=reverse, HAS_STATE=state is not None, num_warps=4)
     return states
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from radlads.backends.torch.kernels.chunks import chunk_precision, chunk_tables, decay_block, decay_levels
 from radlads.backends.torch.kernels.lang import HAS_GLUON, HAS_TRITON, OPERATOR_NAMESPACE, triton
+from radlads.backends.torch.kernels.segments import segment_join_kernel, walk_slots, walk_span
 from radlads.backends.torch.kernels.wkv7_centred import (
     wkv7_centred_grad_kernel,
     wkv7_centred_solve_kernel,
@@ -90,10 +91,43 @@ def wkv7_has_hopper(r: Tensor, log_w: Tensor) -> bool:
 WKV7_FUSED_PROGRAMS = (84, 48)
 
 
-def wkv7_is_fused(r: Tensor, log_w: Tensor, plan: dict[str, object]) -> bool:
+# What the first walk over a segment costs, in chunks of the second.
+WKV7_LOCAL_COST = 0.8
+
+
+def wkv7_span(r: Tensor, log_w: Tensor, plan: dict[str, object]) -> int:
+    """Chunks of a walk of the Gluon kernels: a sequence's, or those of its segments; 0 where the others are faster."""
     H, N = r.shape[2:]
-    enough = plan["seqs"] * H >= WKV7_FUSED_PROGRAMS[int(N > 64)]
-    return plan["centred"] and N >= 64 and enough and wkv7_has_hopper(r, log_w)
+    if not (plan["centred"] and N >= 64 and wkv7_has_hopper(r, log_w)):
+        return 0
+    span = plan["NT"]
+    if plan["tables"][0] is None:
+        span = walk_span(plan["seqs"] * H, span, walk_slots(r.device, N), WKV7_LOCAL_COST)
+    return span if plan["seqs"] * triton.cdiv(plan["NT"], span) * H >= WKV7_FUSED_PROGRAMS[int(N > 64)] else 0
+
+
+def wkv7_join(state: Tensor | None, states: Tensor, passes: Tensor, *, reverse: bool) -> None:
+    """In place: from what each segment adds (at the next one's place) and its matrix to the state each one begins with."""
+    seqs, walks, H, N = states.shape[:4]
+    rows = 16
+    segment_join_kernel[(triton.cdiv(N, rows), H, seqs)](
+        state, states, passes, walks, H, N=N, BN=triton.next_power_of_2(N), ROWS=rows, MATRIX=True,
+        PREC=chunk_precision(states.dtype, states.device)["GATE_PREC"], REVERSE=reverse, HAS_STATE=state is not None,
+        num_warps=8)
+
+
+def wkv7_starts(log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, span: int,
+                plan: dict[str, object]) -> tuple[Tensor, Tensor]:
+    """The state (sequences, segments, H, N, N) float32 before each segment of `span` chunks, and each one's matrix."""
+    H, N = log_w.shape[2:]
+    walks = triton.cdiv(plan["NT"], span)
+    states, passes = (log_w.new_empty((plan["seqs"], walks, H, N, N), dtype=torch.float32) for _ in range(2))
+    kernels = import_module("radlads.backends.torch.kernels.wkv7_segment")
+    kernels.wkv7_segment_kernel[(H, plan["seqs"] * walks)](
+        log_w, k, v, a, b, states, passes, plan["T"], plan["NT"], span, H, v.shape[2], N=N, BN=plan["width"],
+        CLAMP=plan["gates"]["CLAMP"], num_warps=plan["width"] // 16)
+    wkv7_join(state, states, passes, reverse=False)
+    return states, passes
 
 
 def wkv7_plan(v: Tensor, heads: int, cu_seqlens: Tensor | None, min_log_w: float | None) -> dict[str, object]:
@@ -147,8 +181,11 @@ def wkv7_solve(r: Tensor, log_w: Tensor, k: Tensor, a: Tensor, b: Tensor, scale:
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::wkv7_forward", mutates_args=())
 def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                     cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, final state, u, state of each chunk, solution matrices, A_rb); the last four are for the backward, else empty."""
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state, u, state of each chunk, solution matrices, A_rb, segments' matrices).
+
+    The last five are for the backward, else empty.
+    """
     H, N = r.shape[2:]
     plan = wkv7_plan(v, H, cu_seqlens, min_log_w)
     cu, _, chunk_start = plan["tables"]
@@ -157,42 +194,58 @@ def wkv7_forward_op(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b
     u = torch.empty_like(r if save else r[:0])
     checkpoint = r.new_empty((plan["chunks"], H, N, N) if save else 0)
     sizes = (plan["T"], plan["NT"], H, v.shape[2])
-    if wkv7_is_fused(r, log_w, plan):
+    passes = r.new_empty(0, dtype=torch.float32)
+    span = wkv7_span(r, log_w, plan)
+    if span:
         kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
+        walks, ends = triton.cdiv(plan["NT"], span), final
+        if walks > 1:
+            # Each walk's last state may take the place of its first.
+            state, found = wkv7_starts(log_w, k, v, a, b, state, span, plan)
+            ends = state
+            if save:
+                passes = found
         solve, a_rb = (r.new_empty((plan["chunks"], H, 64, 64) if save else 0) for _ in range(2))
-        kernels.wkv7_fused_forward_kernel[(H, plan["seqs"])](
-            r, log_w, k, v, a, b, state, out, u, checkpoint, solve, a_rb, final, cu, chunk_start, plan["T"],
-            plan["NT"], plan["NT"], H, v.shape[2], scale, N=N,
+        kernels.wkv7_fused_forward_kernel[(H, plan["seqs"] * walks)](
+            r, log_w, k, v, a, b, state, out, u, checkpoint, solve, a_rb, ends, cu, chunk_start, plan["T"], plan["NT"], span, H,
+            v.shape[2], scale, N=N,
             BN=plan["width"], CLAMP=plan["gates"]["CLAMP"], HAS_STATE=state is not None, SAVE=save,
             VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
-        return out, final, u, checkpoint, solve, a_rb
+        if walks > 1:
+            final.copy_(ends[:, -1])
+        return out, final, u, checkpoint, solve, a_rb, passes
     solve, a_rb, *factors = wkv7_solve(r, log_w, k, a, b, scale, plan)
     wkv7_scan_kernel[(triton.cdiv(N, plan["tile"]["scan"]), H, plan["seqs"])](
         v, *factors, state, out, u, checkpoint, final, cu, chunk_start, *sizes, **plan["common"], BK=64,
         BV=plan["tile"]["scan"], HAS_STATE=state is not None, SAVE=save, **plan["launch"]["scan"])
     if not (save and plan["centred"]):
         solve, a_rb = out.new_empty(0), out.new_empty(0)
-    return out, final, u, checkpoint, solve, a_rb
+    return out, final, u, checkpoint, solve, a_rb, passes
 
 
 @wkv7_forward_op.register_fake
 def wkv7_forward_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
                       cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, save: bool
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, H, N = r.shape
     C = 64 if v.dtype == torch.bfloat16 else 32
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = B * ((T + C - 1) // C) if cu_seqlens is None else T // C + seqs
     pairs = (chunks, H, C, C) if save and decay_block(C, min_log_w, v.dtype)[0] == C else 0
+    passes = 0
+    if save and r.is_cuda and cu_seqlens is None:
+        plan = wkv7_plan(v, H, None, min_log_w)
+        walks = -(-plan["NT"] // (wkv7_span(r, log_w, plan) or plan["NT"]))
+        passes = (seqs, walks, H, N, N) if walks > 1 else 0
     return (torch.empty_like(r), r.new_empty((seqs, H, N, N), dtype=torch.float32),
             torch.empty_like(r if save else r[:0]), r.new_empty((chunks, H, N, N) if save else 0),
-            r.new_empty(pairs), r.new_empty(pairs))
+            r.new_empty(pairs), r.new_empty(pairs), r.new_empty(passes, dtype=torch.float32))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::wkv7_backward", mutates_args=())
 def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                     b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
-                     scale: float, min_log_w: float | None, need_state: bool
+                     b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, passes: Tensor,
+                     cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, need_state: bool
                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b and the initial state (empty unless needed)."""
     H, N = r.shape[2:]
@@ -207,13 +260,25 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     d_state = r.new_empty((plan["seqs"], H, N, N) if need_state else 0, dtype=torch.float32)
     du = torch.empty_like(r)
     d_checkpoint = torch.empty_like(checkpoint)
-    fused = wkv7_is_fused(r, log_w, plan)
-    if fused:
+    span = wkv7_span(r, log_w, plan)
+    if span:
         kernels = import_module("radlads.backends.torch.kernels.wkv7_fused")
-        kernels.wkv7_fused_reverse_kernel[(H, plan["seqs"])](
-            r, log_w, k, a, b, solve, a_rb, d_out, d_final, dv, du, d_checkpoint, d_state, cu, chunk_start, plan["T"],
-            plan["NT"], plan["NT"], H, scale, N=N, BN=plan["width"], CLAMP=plan["gates"]["CLAMP"],
-            HAS_STATE=d_final is not None, NEED_STATE=need_state, VARLEN=cu_seqlens is not None, num_warps=plan["width"] // 16)
+        walks, ends = triton.cdiv(plan["NT"], span), d_state
+        reads = (r, log_w, k, a, b, solve, a_rb, d_out)
+        places = (cu, chunk_start, plan["T"], plan["NT"], span, H, scale)
+        options = {"N": N, "BN": plan["width"], "CLAMP": plan["gates"]["CLAMP"], "VARLEN": cu is not None,
+                   "num_warps": plan["width"] // 16}
+        if walks > 1:
+            ends = torch.empty_like(passes)
+            kernels.wkv7_fused_reverse_kernel[(H, plan["seqs"] * (walks - 1))](
+                *reads, None, dv, du, d_checkpoint, ends, *places, HAS_STATE=False, NEED_STATE=True, LOCAL=True, **options)
+            wkv7_join(d_final, ends, passes, reverse=True)
+            d_final = ends
+        kernels.wkv7_fused_reverse_kernel[(H, plan["seqs"] * walks)](
+            *reads, d_final, dv, du, d_checkpoint, ends, *places, HAS_STATE=d_final is not None, NEED_STATE=need_state,
+            LOCAL=False, **options)
+        if walks > 1 and need_state:
+            d_state.copy_(ends[:, 0])
     else:
         # Of the factors only the two that cost most are kept: all together are as large as six of the inputs.
         factors = wkv7_solve(r, log_w, k, a, b, scale, plan, (solve, a_rb) if plan["centred"] else None)
@@ -225,7 +290,7 @@ def wkv7_backward_op(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Te
     if plan["centred"] and wkv7_has_hopper(r, log_w):
         kernels = import_module("radlads.backends.torch.kernels.wkv7_hopper")
         kernels.wkv7_hopper_grad_kernel[(triton.cdiv(N, 64), H, plan["chunks"])](
-            *arguments, N=N, CLAMP=plan["gates"]["CLAMP"], CENTRED=fused, VARLEN=cu_seqlens is not None, num_warps=4)
+            *arguments, N=N, CLAMP=plan["gates"]["CLAMP"], CENTRED=span > 0, VARLEN=cu_seqlens is not None, num_warps=4)
     elif plan["centred"]:
         wkv7_centred_grad_kernel[(H, plan["chunks"])](
             *arguments, **plan["common"], CLAMP=plan["gates"]["CLAMP"], BK=plan["tile"]["centred_grad"], BV=plan["width"],
@@ -246,8 +311,8 @@ def wkv7_value_grad(dv: Tensor, heads: int) -> Tensor:
 
 @wkv7_backward_op.register_fake
 def wkv7_backward_fake(d_out: Tensor, d_final: Tensor | None, r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor,
-                       b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, cu_seqlens: Tensor | None,
-                       scale: float, min_log_w: float | None, need_state: bool
+                       b: Tensor, u: Tensor, checkpoint: Tensor, solve: Tensor, a_rb: Tensor, passes: Tensor,
+                       cu_seqlens: Tensor | None, scale: float, min_log_w: float | None, need_state: bool
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, _, H, N = r.shape
     seqs = B if cu_seqlens is None else cu_seqlens.shape[0] - 1

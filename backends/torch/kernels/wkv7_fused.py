@@ -282,8 +282,11 @@ def other_copies(rr, kk, aa, do, r, k, a, d_out, at, row, col, wide, length, N: 
 def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out, dv, du, d_checkpoint, d_state_in,
                               cu_seqlens, chunk_start, T, NT, walk_chunks, H, scale,
                               N: gl.constexpr, BN: gl.constexpr, CLAMP: gl.constexpr, HAS_STATE: gl.constexpr,
-                              NEED_STATE: gl.constexpr, VARLEN: gl.constexpr):
-    """From the end: d(u), d(v) and, of each chunk, the gradient of its middle's state, had the chunk added nothing."""
+                              NEED_STATE: gl.constexpr, LOCAL: gl.constexpr, VARLEN: gl.constexpr):
+    """From the end: d(u), d(v) and, of each chunk, the gradient of its middle's state, had the chunk added nothing.
+
+    LOCAL: only what each segment but the first adds to d(state) before it, at the place of the segment before.
+    """
     WARPS: gl.constexpr = BN // 16
     PARTS: gl.constexpr = BN // 64
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
@@ -294,6 +297,9 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
     SUMS: gl.constexpr = gl.BlockedLayout([16, 1 if WARPS == 8 else 2], [4, 8], [1, WARPS], [0, 1])
     h = gl.program_id(0)
     walk = gl.program_id(1)
+    if LOCAL:
+        walks = (NT + walk_chunks - 1) // walk_chunks
+        walk += walk // (walks - 1) + 1
     begin, length, chunk = walk_place(cu_seqlens, chunk_start, walk, T, NT, walk_chunks, VARLEN)
     stride = H * N
     chunks = ((length + 63) // 64).to(gl.int32)
@@ -359,20 +365,25 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
                          PAIR)
         sync_boxes()
         du_sum = warpgroup_mma(rb_box.permute((1, 0)), do, none, use_acc=False, is_async=True)
-        v_grad = warpgroup_mma(kk.index(0), new.index(0), none, use_acc=False, is_async=True)
-        ak = warpgroup_mma(aa.index(0), kk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-        rk = warpgroup_mma(rr.index(0), kk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if not LOCAL:
+            v_grad = warpgroup_mma(kk.index(0), new.index(0), none, use_acc=False, is_async=True)
+            ak = warpgroup_mma(aa.index(0), kk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+            rk = warpgroup_mma(rr.index(0), kk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
         du_sum = warpgroup_mma(bb.index(0), new.index(0), du_sum, is_async=True)
         if BN == 128:
             du_sum = warpgroup_mma(bb.index(1), new.index(1), du_sum, is_async=True)
-            v_grad = warpgroup_mma(kk.index(1), new.index(1), v_grad, is_async=True)
-            ak = warpgroup_mma(aa.index(1), kk.index(1).permute((1, 0)), ak, is_async=True)
-            rk = warpgroup_mma(rr.index(1), kk.index(1).permute((1, 0)), rk, is_async=True)
-        du_sum, v_grad, ak, rk = warpgroup_mma_wait(0, [du_sum, v_grad, ak, rk])
-        ak_box.store(gl.where(t > s, ak, 0.0).to(gl.bfloat16))
-        rk_box.store(gl.where(t >= s, rk, 0.0).to(gl.bfloat16))
+            if not LOCAL:
+                v_grad = warpgroup_mma(kk.index(1), new.index(1), v_grad, is_async=True)
+                ak = warpgroup_mma(aa.index(1), kk.index(1).permute((1, 0)), ak, is_async=True)
+                rk = warpgroup_mma(rr.index(1), kk.index(1).permute((1, 0)), rk, is_async=True)
+        if LOCAL:
+            du_sum = warpgroup_mma_wait(0, [du_sum])
+        else:
+            du_sum, v_grad, ak, rk = warpgroup_mma_wait(0, [du_sum, v_grad, ak, rk])
+            ak_box.store(gl.where(t > s, ak, 0.0).to(gl.bfloat16))
+            rk_box.store(gl.where(t >= s, rk, 0.0).to(gl.bfloat16))
         split_store(xx, dw, du_sum)
-        for part in gl.static_range(PARTS):
+        for part in gl.static_range(0 if LOCAL else PARTS):
             box_save(d_checkpoint + place * (N * N) + part * 64 * N, new.index(part), row, wide, N - part * 64, N, N, FLAT)
         sync_boxes()
         first_copies(ww, bb, pairs, log_w, b, solve, a_rb, ahead, place - H, row, col, gl.where(last, 0, 64), N,
@@ -384,20 +395,25 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
         dw.store(du_sum.to(gl.bfloat16))
         sync_boxes()
         box_copy(solve_box, solve + (place - H) * 4096, row, col, gl.where(last, 0, 64), 64, 64)
-        v_grad = warpgroup_mma(rk_box.permute((1, 0)), do, v_grad, is_async=True)
-        v_grad = warpgroup_mma(ak_box.permute((1, 0)), dw, v_grad, is_async=True)
+        if not LOCAL:
+            v_grad = warpgroup_mma(rk_box.permute((1, 0)), do, v_grad, is_async=True)
+            v_grad = warpgroup_mma(ak_box.permute((1, 0)), dw, v_grad, is_async=True)
         grad0 = warpgroup_mma(rr.index(0).permute((1, 0)), do, grad0, is_async=True)
         grad0 = warpgroup_mma(aa.index(0).permute((1, 0)), dw, grad0, is_async=True)
         if BN == 128:
             grad1 = warpgroup_mma(rr.index(1).permute((1, 0)), do, grad1, is_async=True)
             grad1 = warpgroup_mma(aa.index(1).permute((1, 0)), dw, grad1, is_async=True)
             grad1 = warpgroup_mma_wait(0, [grad1])
-        v_grad, grad0 = warpgroup_mma_wait(0, [v_grad, grad0])
+        if LOCAL:
+            grad0 = warpgroup_mma_wait(0, [grad0])
+        else:
+            v_grad, grad0 = warpgroup_mma_wait(0, [v_grad, grad0])
         barrier()
         other_copies(rr, kk, aa, do, r, k, a, d_out, ahead, row, col, wide, gl.where(last, 0, 64), N, stride, PARTS)
         async_copy.commit_group()
-        box_save(du + base, dw, row, wide, length, N, stride, FLAT)
-        rows_store(dv + base, v_grad, length, N, stride, ACC, BN)
+        if not LOCAL:
+            box_save(du + base, dw, row, wide, length, N, stride, FLAT)
+            rows_store(dv + base, v_grad, length, N, stride, ACC, BN)
         grad0 = grad0 * early.index(0).load(gl.SliceLayout(1, ACC))[:, None]
         if BN == 128:
             grad1 = grad1 * early.index(1).load(gl.SliceLayout(1, ACC))[:, None]
@@ -406,6 +422,8 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
         chunk -= 1
     async_copy.wait_group(0)
     if NEED_STATE:
+        if LOCAL:
+            corner -= H * N * N
         gl.store(d_state_in + corner + val * N + key, grad0, mask=(key < N) & (val < N))
         if BN == 128:
             gl.store(d_state_in + corner + val * N + key + 64, grad1, mask=(key < N - 64) & (val < N))
