@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,25 +14,22 @@ import torch
 
 from radlads.backends.torch import layer_step
 from radlads.backends.torch.decode import Rows
-from radlads.backends.torch.load import load_model
 from radlads.backends.torch.model import Model
-from radlads.folder import open_folder
-from radlads.weights_tools.surgery import make_student
-from tests.models import tiny_teacher
+from radlads.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def random_student(
-    path: Path, kept: tuple[int, ...] = (1,), family: str = "qwen2", arch: str = "rwkv7", **options: object
-) -> Model:
-    """A student of three layers with every weight moved away from its first value."""
-    tiny_teacher(path / "teacher", family, num_layers=3)
-    make_student(open_folder(path / "teacher"), path / "student", arch=arch, keep_softmax=kept, options=options)
-    model = load_model(open_folder(path / "student")).requires_grad_(False)
+def random_student(kept: tuple[int, ...] = (1,), family: str = "qwen2", arch: str = "rwkv7", **options: object) -> Model:
+    """A student of three layers with random weights."""
+    teacher = ModelSpec(
+        family, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=300,
+        rope_theta=54321.0, qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+    )  # fmt: skip
+    model = Model(teacher.as_student(arch, kept, **options)).requires_grad_(False)
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
-        weight.add_(0.2 * torch.randn_like(weight) * (1.0 if "norm" in name else 0.5))
+        weight.copy_(0.1 * torch.randn_like(weight) + (1.0 if "norm" in name else 0.0))
     return model
 
 
@@ -60,9 +56,8 @@ def worst(model: Model, count: int) -> float:
 
 def interpret() -> None:
     layer_step.runs_kernels = lambda weight: layer_step.FUSED_STEP
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_student(Path(folder))
-        print(json.dumps(max(worst(model, count) for count in (1, 3))))
+    model = random_student()
+    print(json.dumps(max(worst(model, count) for count in (1, 3))))
 
 
 def compile_kernels() -> None:
@@ -117,14 +112,14 @@ def test_compiled_ahead_nothing_spills() -> None:
     "family, arch, options",
     [("qwen3", "rwkv7", {}), ("qwen2", "rwkv6", {}), ("qwen2", "rwkv7", {"variant": "B", "groupnorm": True})],
 )
-def test_models_that_the_kernels_do_not_know_take_the_modules(family, arch, options, tmp_path, monkeypatch) -> None:
+def test_models_that_the_kernels_do_not_know_take_the_modules(family, arch, options, monkeypatch) -> None:
     monkeypatch.setattr(layer_step, "runs_kernels", lambda weight: True)
-    assert not layer_step.step_has_kernels(random_student(tmp_path, (), family, arch, **options), 1)
+    assert not layer_step.step_has_kernels(random_student((), family, arch, **options), 1)
 
 
-def test_adapters_and_many_rows_take_the_modules(tmp_path, monkeypatch) -> None:
+def test_adapters_and_many_rows_take_the_modules(monkeypatch) -> None:
     monkeypatch.setattr(layer_step, "runs_kernels", lambda weight: True)
-    model = random_student(tmp_path)
+    model = random_student()
     assert layer_step.step_has_kernels(model, layer_step.MOST_ROWS)
     assert not layer_step.step_has_kernels(model, layer_step.MOST_ROWS + 1)
     model.model.layers[2].mlp.up_proj = torch.nn.Sequential(model.model.layers[2].mlp.up_proj)
@@ -132,8 +127,9 @@ def test_adapters_and_many_rows_take_the_modules(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_steps_equal_the_modules(tmp_path, monkeypatch) -> None:
-    model = random_student(tmp_path).cuda()
+def test_on_a_gpu_steps_equal_the_modules(monkeypatch) -> None:
+    monkeypatch.setattr(layer_step, "FUSED_STEP", False)
+    model = random_student().cuda()
     assert max(worst(model, count) for count in (1, 3, 8)) < 1e-4
 
 
