@@ -141,7 +141,7 @@ def wkv6_starts(k: Tensor, log_w: Tensor, v: Tensor, state: Tensor | None, scale
     rows = 16
     segment_join_kernel[(triton.cdiv(N, rows), H, plan["seqs"])](
         state, states, decays, walks, H, N=N, BN=width, ROWS=rows, MATRIX=False,
-        PREC=common["GATE_PREC"], REVERSE=reverse, HAS_STATE=state is not None, num_warps=4)
+        PREC=common["GATE_PREC"], REVERSE=reverse, HAS_STATE=state is not None, num_warps=4, num_stages=1)
     return states
 
 

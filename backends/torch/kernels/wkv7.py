@@ -113,7 +113,7 @@ def wkv7_join(state: Tensor | None, states: Tensor, passes: Tensor, *, reverse: 
     segment_join_kernel[(triton.cdiv(N, rows), H, seqs)](
         state, states, passes, walks, H, N=N, BN=triton.next_power_of_2(N), ROWS=rows, MATRIX=True,
         PREC=chunk_precision(states.dtype, states.device)["GATE_PREC"], REVERSE=reverse, HAS_STATE=state is not None,
-        num_warps=8)
+        num_warps=8, num_stages=1)
 
 
 def wkv7_starts(log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, span: int,

@@ -256,7 +256,12 @@ def wkv7_reverse_kernel(solve, a_rb, from_v, out_v, from_state, out_state, keys,
         after = after.to(DOT)
         v_grad = tl.dot(tl.trans(tl.load(from_v + place * C * C + cell)), after, v_grad, input_precision=PREC)
         tile_store(dv + base, v_grad, row, val, length, stride, N)
-        du = tl.dot(tl.trans(tl.load(solve + place * C * C + cell)), du.to(DOT), input_precision=PREC)
+        solved = tl.trans(tl.load(solve + place * C * C + cell))
+        if N > BK:
+            du = tl.dot(solved, du.to(DOT), input_precision=PREC)
+        else:
+            # In two parts: the solution may be small beside what it is made from. Two blocks leave no shared memory for it.
+            du = split_dot(solved, du, tl.zeros(du.shape, tl.float32), DOT, PREC, True)
         tile_store(du_out + base, du, row, val, length, stride, N)
         d_state0 *= tl.load(whole + place * N + col0, mask=col0 < N, other=0.0)[:, None]
         d_state0 = tl.dot(tl.trans(wkv7_block(out_state + factors, row, col0, N, BK)), do, d_state0, input_precision=PREC)
