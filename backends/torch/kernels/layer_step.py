@@ -67,22 +67,24 @@ def project_kernel(x, gain, wq, bq, wk, bk, wv, bv, w1, a1, v1, g1, qkv, low, co
     if pid < wide:
         first = pid * ROWS
         weight = wq
-        bias = bq
         start = 0
         rows = C
         if first >= C + CKV:
             weight = wv
-            bias = bv
             start = C + CKV
             rows = CKV
         elif first >= C:
             weight = wk
-            bias = bk
             start = C
             rows = CKV
         row = first - start + tl.arange(0, ROWS)
         out = rows_product(x, gain, weight, row, rows, K, 1, count, eps, K, M, ROWS, BK, True)
         if BIAS:
+            bias = bq
+            if first >= C + CKV:
+                bias = bv
+            elif first >= C:
+                bias = bk
             out += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
         tl.store(qkv + item * (C + 2 * CKV) + start + row[None, :], out, mask=(item < count) & (row[None, :] < rows))
     else:

@@ -123,7 +123,6 @@ def wkv7_segment_kernel(log_w, k, v, a, b, states, passes, T, NT, walk_chunks, H
         box_copy(vv, v + base_v, row, col, length, N, stride_v)
         async_copy.commit_group()
         inverse = chunk_inverse(gl.where(t > s, ab, 0.0), lower16, inverse_boxes.index(nil), other_boxes.index(nil), step16, PAIR)
-        barrier()
         solve_box.store(inverse.to(gl.bfloat16))
         sync_boxes()
         u = warpgroup_mma(solve_box, add_boxes.index(nil + 1), zero, use_acc=False, is_async=True)
