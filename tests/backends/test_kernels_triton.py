@@ -3,11 +3,13 @@
 The interpreter and the compiler each need a fresh process (the choice is made when triton is imported), so this file is also
 the program those processes run: `python -m tests.backends.test_kernels_triton interpret|compile NAME`.
 """
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -302,6 +304,54 @@ def test_many_programs_take_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -
 def test_few_long_sequences_are_cut(programs: int, chunks: int, slots: int, walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "SEGMENTS", True)
     assert -(-chunks // segments.walk_span(programs, chunks, slots)) == walks
+
+
+class Recorder:
+    """In place of a kernel: keeps the grid and the arguments by name of each launch, after checking that they are its own."""
+
+    def __init__(self, kernel: object, launches: list[tuple[str, tuple[int, ...], dict[str, object]]]) -> None:
+        self.fn, self.launches = kernel.fn, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: object, num_warps: int, num_stages: int = 3, **kwargs: object) -> None:
+            bound = inspect.signature(self.fn).bind(*args, **kwargs)
+            assert all(0 < size < 2 ** 16 for size in grid[1:]), grid
+            self.launches.append((self.fn.__name__, grid, bound.arguments))
+        return launch
+
+
+@pytest.mark.parametrize("rwkv7", [False, True])
+def test_long_sequences_are_launched_in_segments(rwkv7: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(segments, "SEGMENTS", True)
+    monkeypatch.setattr(wkv6_module, "WKV6_FUSED_PROGRAMS", (1, 1))
+    monkeypatch.setattr(wkv7_module, "WKV7_FUSED_PROGRAMS", (1, 1))
+    launches: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
+    for module in (wkv6_module, wkv7_module):
+        for name in ("has_kernel", "has_hopper"):
+            monkeypatch.setattr(module, f"wkv{6 + (module is wkv7_module)}_{name}", lambda *_: True)
+        monkeypatch.setattr(module, "segment_join_kernel", Recorder(segments.segment_join_kernel, launches))
+    monkeypatch.setattr(wkv6_module, "wkv6_segment_kernel", Recorder(wkv6_triton.wkv6_segment_kernel, launches))
+    for name, (module, kernel, _) in HOPPER_KERNELS.items():
+        if name.startswith("wkv7") is rwkv7:
+            owner = import_module(f"radlads.backends.torch.kernels.{module}")
+            monkeypatch.setattr(owner, kernel, Recorder(getattr(owner, kernel), launches))
+    # 40 chunks of 4 heads of 64: five segments of 8.
+    inputs = [x.requires_grad_() for x in draw(rwkv7, (2, 2550, 2, 64), 2, 0.6, torch.bfloat16, "cpu")]
+    state = torch.zeros(2, 2, 64, 64, requires_grad=True)
+    out, final = call(rwkv7, inputs, state, 1.0, -0.6065, None)
+    torch.autograd.grad(out.float().sum() + final.sum(), [*inputs, state])
+    seen = [(name.removesuffix("_kernel"), grid) for name, grid, _ in launches]
+    join, pieces = ("segment_join", (4, 2, 2)), (1, 2, 8)
+    if rwkv7:
+        assert seen == [("wkv7_segment", (2, 10)), join, ("wkv7_fused_forward", (2, 10)), ("wkv7_fused_reverse", (2, 8)), join,
+                        ("wkv7_fused_reverse", (2, 10)), ("wkv7_hopper_grad", (1, 2, 80))]
+    else:
+        assert seen == [("wkv6_segment", pieces), join, ("wkv6_fused", (2, 10)), ("wkv6_segment", pieces), join,
+                        ("wkv6_fused", (2, 10)), ("wkv6_hopper_grad", (1, 2, 80))]
+    walks = [arguments for name, _, arguments in launches if name.startswith(("wkv6_fused", "wkv7_fused"))]
+    assert all(arguments["walk_chunks"] == 8 for arguments in walks)
 
 
 def test_a_release_known_to_be_wrong_is_refused() -> None:
