@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from radlads.backends.torch.kernels.lang import HAS_TRITON, triton
+from radlads.backends.torch.kernels.lang import HAS_TRITON
 from radlads.backends.torch.kernels.layer_step import (
     add_linear_kernel,
     expand_kernel,
@@ -52,8 +52,17 @@ def is_plain(*modules: Any) -> bool:
     return all(type(module) is nn.Linear for module in modules)
 
 
+def programs_of(size: int, part: int) -> int:
+    return -(-size // part)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest one that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def launch_sizes(count: int) -> dict[str, int]:
-    rows = triton.next_power_of_2(count)
+    rows = power_of_two(count)
     return {"M": rows, "ROWS": 4, "BK": 512 if rows <= 2 else 256}
 
 
@@ -75,19 +84,19 @@ def mixed_step(layer: Any, x: Tensor, context: MixContext, wkv: Tensor) -> Tenso
     mixes = "v_first" in context.carry
     first = context.carry.setdefault("v_first", qkv)
     q, k, v, o = mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj
-    programs = triton.cdiv(wide, sizes["ROWS"]) + sum(triton.cdiv(r, columns) for n, r in ranks.items() if mixes or n != "RV")
+    programs = programs_of(wide, sizes["ROWS"]) + sum(programs_of(r, columns) for n, r in ranks.items() if mixes or n != "RV")
     project_kernel[(programs,)](
         x, layer.input_layernorm.weight, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias, mixer.w1, mixer.a1, mixer.v1,
         mixer.g1, qkv, low, count, layer.input_layernorm.eps, K=D, C=spec.C, CKV=spec.Ckv, **ranks, **sizes, COLS=columns,
         BIAS=spec.qkv_bias)
-    expand_kernel[(triton.cdiv(spec.C, 64), 3 + mixes, count)](
+    expand_kernel[(programs_of(spec.C, 64), 3 + mixes, count)](
         low, mixer.w0, mixer.w2, mixer.a0, mixer.a2, mixer.g2, mixer.v0, mixer.v2, parts, count, C=spec.C, **ranks, COLS=64,
         BR=32)
     mixed = x.new_empty((count, spec.C))
     cos, sin = context.cos_sin
-    mix_kernel[(triton.cdiv(spec.N, 4), spec.H, count)](
+    mix_kernel[(programs_of(spec.N, 4), spec.H, count)](
         qkv, parts, cos, sin, first, wkv, mixed, count, RWKV7_MIN_LOG_W, spec.N**-0.5, H=spec.H, HKV=spec.Hkv, N=spec.N,
-        BN=triton.next_power_of_2(spec.N), BV=4, ROPE=spec.mixer.rope, MIX_FIRST=mixes, num_warps=1)
+        BN=power_of_two(spec.N), BV=4, ROPE=spec.mixer.rope, MIX_FIRST=mixes, num_warps=1)
     return added(x, mixed, o)
 
 
@@ -98,7 +107,7 @@ def fed_step(layer: Any, x: Tensor) -> Tensor:
     count, D = x.shape
     units = x.new_empty((count, gate.weight.shape[0]))
     sizes = launch_sizes(count)
-    gated_units_kernel[(triton.cdiv(units.shape[1], sizes["ROWS"]),)](
+    gated_units_kernel[(programs_of(units.shape[1], sizes["ROWS"]),)](
         x, norm.weight, gate.weight, gate.bias, up.weight, up.bias, units, units.shape[1], count, norm.eps, K=D, **sizes,
         BIAS=gate.bias is not None)
     return added(x, units, mlp.down_proj)
@@ -108,6 +117,6 @@ def added(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
     """x (B, D) plus linear(y)."""
     out, sizes = torch.empty_like(x), launch_sizes(len(x))
     rows, K = linear.weight.shape
-    add_linear_kernel[(triton.cdiv(rows, sizes["ROWS"]),)](
+    add_linear_kernel[(programs_of(rows, sizes["ROWS"]),)](
         y, linear.weight, linear.bias, x, out, rows, len(x), K=K, **sizes, BIAS=linear.bias is not None)
     return out
