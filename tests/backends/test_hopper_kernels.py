@@ -87,6 +87,7 @@ def choose(condition: object, a: object, b: object) -> Tensor | Index:
 
 
 def copy_in(box: Box, pointer: Pointer, inside: Tensor) -> None:
+    assert not inside.any() or 0 <= pointer.place[inside].min() <= pointer.place[inside].max() < pointer.memory.numel()
     box.tensor.zero_()
     box.tensor[inside] = pointer.memory[pointer.place[inside]]
 
@@ -249,6 +250,31 @@ def test_fused_backward_matches_float64(N: int, run: object) -> None:
     for name, grad in grads.items():
         assert (grad.double() - want[name]).norm() / want[name].norm() < 5e-3, name
     assert (d_start.T.double() - want["state"]).norm() / want["state"].norm() < 5e-3
+
+
+def test_a_sequence_of_no_tokens_passes_the_state_on(run: object) -> None:
+    """The first of two packed sequences: nothing before the tensors is read, its state and gradient go through."""
+    T, N = 70, 64
+    x, _ = recurrence(T, N, 0.6, True)
+    offsets, chunk_start = torch.tensor([0, 0, T]), torch.tensor([0, 0])
+    ends, d_ends = torch.randn(2, N, N), torch.randn(2, N, N)
+    found, d_found = (torch.full((2, N, N), float("nan")) for _ in range(2))
+    tokens = [torch.full((T, N), float("nan"), dtype=torch.bfloat16) for _ in range(3)]
+    chunks = [torch.zeros(2, N, N, dtype=torch.bfloat16) for _ in range(2)]
+    solve, a_rb = (torch.zeros(2, 64, 64, dtype=torch.bfloat16) for _ in range(2))
+    r, log_w, k, v, a, b = (x[name] for name in ("q", "log_w", "k", "v", "a", "b"))
+    programs, sizes = [(0, 0), (0, 1)], (offsets, chunk_start, Index(T), Index(2), Index(2), 1)
+    run("wkv7_fused", "wkv7_fused_forward_kernel", programs, r, log_w, k, v, a, b, ends, tokens[0], tokens[1], chunks[0], solve,
+        a_rb, found, *sizes, 1, 0.5, N, 64, 0.6126, True, True, True)
+    run("wkv7_fused", "wkv7_fused_reverse_kernel", programs, r, log_w, k, a, b, solve, a_rb, x["d_out"], d_ends, tokens[1],
+        tokens[2], chunks[1], d_found, *sizes, 0.5, N, 64, 0.6126, True, True, False, True)
+    assert found[0].equal(ends[0]) and d_found[0].equal(d_ends[0])
+    assert not found.isnan().any() and not d_found.isnan().any() and not any(y.isnan().any() for y in tokens)
+    six = (offsets, chunk_start, Index(T), Index(2), Index(2), 1, 1, 1, 0.5, N, 64, 16, 3, 8.0)
+    d_found.fill_(float("nan"))
+    run("wkv6_fused", "wkv6_fused_kernel", programs, r, log_w, k, x["d_out"], d_ends, tokens[0], chunks[1], d_found, *six, True,
+        True, True, True, True)
+    assert d_found[0].equal(d_ends[0]) and not d_found.isnan().any()
 
 
 @pytest.mark.parametrize("N", [64, 96])

@@ -40,7 +40,8 @@ def wkv6_fused_kernel(q, log_w, k, v, state_in, out, checkpoint, state_out, cu_s
     if REVERSE:
         token += (chunks - 1) * 64
         chunk += chunks - 1
-        length -= (chunks - 1) * 64
+        # Nothing is fetched for a sequence of no tokens: it would lie before the tensors.
+        length = gl.where(chunks > 0, length - (chunks - 1) * 64, 0)
         step = -64
     base = token * stride + h * N
     base_k = token * stride_k + (h // (H // HK)) * N

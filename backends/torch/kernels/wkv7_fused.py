@@ -305,7 +305,8 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
     chunks = ((length + 63) // 64).to(gl.int32)
     base = (begin + (chunks - 1) * 64) * stride + h * N
     chunk += chunks - 1
-    length -= (chunks - 1) * 64
+    # Nothing is fetched for a sequence of no tokens: it would lie before the tensors.
+    length = gl.where(chunks > 0, length - (chunks - 1) * 64, 0)
     corner = (walk * H + h).to(gl.int64) * (N * N)
     row = gl.arange(0, 64, gl.SliceLayout(1, FLAT))
     col = gl.arange(0, 64, gl.SliceLayout(0, FLAT))
@@ -339,7 +340,7 @@ def wkv7_fused_reverse_kernel(r, log_w, k, a, b, solve, a_rb, d_out, d_state_out
     signs.store(decay_signs(t, s))
     place = chunk * H + h
     first_copies(ww, bb, pairs, log_w, b, solve, a_rb, base, place, row, col, length, N, stride, PARTS)
-    box_copy(solve_box, solve + place * 4096, row, col, 64, 64, 64)
+    box_copy(solve_box, solve + place * 4096, row, col, gl.minimum(length, 1) * 64, 64, 64)
     other_copies(rr, kk, aa, do, r, k, a, d_out, base, row, col, wide, length, N, stride, PARTS)
     async_copy.commit_group()
     for i in range(0, chunks):
