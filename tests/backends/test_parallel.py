@@ -1,5 +1,6 @@
 """A training spread over 2 or 4 processes is the training of one: losses, gradients and weights, for every way to spread it."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.backends.parallel_checks import SPREAD, STEPS
 
@@ -42,3 +44,26 @@ def test_spread_training_equals_one_process(found: dict[str, Any], name: str) ->
         # AdamW moves a weight whose gradient is rounding noise by a full step, whichever way the noise points.
         assert (spread["weights"][tensor] - wanted).abs().max() <= STEPS * 2e-4, tensor
         assert (spread["weights"][tensor] - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3), tensor
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpus_train_as_one(tmp_path: Path) -> None:
+    """SmolLM2's shape in float32 on two GPUs over NCCL, or in two processes on one over gloo, against one process."""
+    ways = ["--layouts", "replicated,optimizer"] if torch.cuda.device_count() > 1 else ["--share", "--layouts", "replicated"]
+    found = equal_on_two(tmp_path, *ways)
+    assert len([r for r in found if "loss_difference" in r]) == (8 if torch.cuda.device_count() > 1 else 4)
+    for result in found:
+        assert "failed" not in result, result
+        assert result.get("loss_difference", 0) <= 1e-6 and result.get("norm_difference", 0) <= 2e-6, result
+        assert "graphs" not in result or (result["graphs"] > 0) == (result["layout"] == "replicated" or result["processes"] == 1)
+
+
+def equal_on_two(folder: Path, *ways: str) -> list[dict[str, Any]]:
+    """What bench/scale.py finds for steps 1 and 2, whole and four layers of it."""
+    out = folder / "found.jsonl"
+    asked = ["--only", "equal", "--shape", "smollm2-135m", "--kinds", "align,distill", "--out", str(out), *ways]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "bench/scale.py", *asked], cwd=ROOT, env=environment, check=True, timeout=600)
+    return [json.loads(line) for line in out.read_text().splitlines()]
