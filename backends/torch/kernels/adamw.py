@@ -21,6 +21,17 @@ GRAD, WEIGHT, MASTER, FIRST, SECOND, COUNT, GROUP, FIRST_SCALES, SECOND_SCALES =
 
 
 @triton.jit
+def adamw_chunk(table, places, program, tensors, EVEN: tl.constexpr, CHUNK: tl.constexpr):
+    """What a program works on: the number of a tensor, the place in it where the chunk begins, and how many values it has."""
+    tensor = tl.load(places + 2 * program)
+    first = tl.load(places + 2 * program + 1).to(tl.int64) * CHUNK
+    count = tl.load(table + 5 * tensors + tensor)
+    if EVEN:
+        count = tl.multiple_of(count, 16)
+    return tensor, first, count
+
+
+@triton.jit
 def adamw_values(table, row: tl.constexpr, tensor, tensors, offsets, TYPE: tl.constexpr, EVEN: tl.constexpr):
     """Addresses of some values of the tensor in a row of the table; EVEN tensors can be read 16 bytes at a time."""
     values = tl.load(table + row * tensors + tensor).to(tl.pointer_type(TYPE)) + offsets
@@ -76,11 +87,7 @@ def square_kernel(table, places, squares, tensors, TYPE: tl.constexpr, EVEN: tl.
                   BLOCK: tl.constexpr):
     """Sum of the squares of a chunk's gradients."""
     program = tl.program_id(0)
-    tensor = tl.load(places + 2 * program)
-    first = tl.load(places + 2 * program + 1).to(tl.int64) * CHUNK
-    count = tl.load(table + 5 * tensors + tensor)
-    if EVEN:
-        count = tl.multiple_of(count, 16)
+    tensor, first, count = adamw_chunk(table, places, program, tensors, EVEN, CHUNK)
     total = tl.zeros((BLOCK,), tl.float32)
     if tl.load(table + tensor) != 0:
         for start in range(0, CHUNK, BLOCK):
@@ -95,12 +102,7 @@ def adamw_kernel(table, places, norm, corrections, lost, tensors, clip, base_lr,
                  seed, GRAD_TYPE: tl.constexpr, WEIGHT_TYPE: tl.constexpr, FIRST_TYPE: tl.constexpr, SECOND_TYPE: tl.constexpr,
                  ROUND: tl.constexpr, EVEN: tl.constexpr, PACK: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """One update of a chunk; with ROUND there is no master, and the weight is rounded up or down by chance."""
-    program = tl.program_id(0)
-    tensor = tl.load(places + 2 * program)
-    first = tl.load(places + 2 * program + 1).to(tl.int64) * CHUNK
-    count = tl.load(table + 5 * tensors + tensor)
-    if EVEN:
-        count = tl.multiple_of(count, 16)
+    tensor, first, count = adamw_chunk(table, places, tl.program_id(0), tensors, EVEN, CHUNK)
     lr = tl.where(tl.load(table + 6 * tensors + tensor) != 0, mixer_lr, base_lr)
     size = tl.load(norm)
     factor = tl.minimum(clip / (size + 1e-6), 1.0)
