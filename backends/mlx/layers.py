@@ -78,7 +78,7 @@ class Projections(nn.Module):
 
 
 def rope_periods(spec: ModelSpec, length: int) -> mx.array:
-    """What mx.fast.rope calls freqs: the inverse of each pair's frequency."""
+    """What mx.fast.rope calls freqs: the inverse of each pair's frequency, (N / 2,) float32."""
     return mx.array([1 / frequency for frequency in inverse_frequencies(spec, length)], mx.float32)
 
 

@@ -73,6 +73,6 @@ def one_sample(student: Model, teacher: Model, tokens: Tensor, counted: Tensor) 
 
 
 def after_mixing(layer: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    """The residual stream after a layer whose mixer gave `mixed`."""
+    """The residual stream x (B, T, D) after a layer whose mixer gave `mixed`."""
     x = x + mixed
     return x + layer.mlp(layer.post_attention_layernorm(x))

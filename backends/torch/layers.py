@@ -203,7 +203,7 @@ def with_base(h: Tensor, matrix: Tensor, base: Tensor) -> Tensor:
 
 
 def unit(k: Tensor) -> Tensor:
-    """7.4, H.6: k over its norm per head, at least 1e-12, computed in float32."""
+    """7.4, H.6: k (..., N) over its norm, at least 1e-12, computed in float32."""
     return F.normalize(k.float(), dim=-1, eps=1e-12).to(k.dtype)
 
 

@@ -58,7 +58,7 @@ class Decoder(nn.Module):
     def context(
         self, tokens: Tensor, state: ModelState, mask: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
     ) -> tuple[MixContext, Tensor | None]:
-        """The context of one call, and which keys of the softmax layers are real afterwards."""
+        """The context of one call with tokens (B, T), and which keys of the softmax layers are real afterwards, (B, S)."""
         batch, length = tokens.shape
         kept = self.spec.kept_layers
         past = state.layers[kept[0]]["k"].shape[1] if kept and state.layers[kept[0]] else 0

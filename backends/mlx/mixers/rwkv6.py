@@ -91,7 +91,7 @@ class Rwkv6Mixer(RecurrentProjections):
         return longer[:, :-1]
 
     def shifted(self, x: mx.array, previous: mx.array) -> tuple[mx.array, ...]:
-        """6.1, 6.2: five mixes of x and the previous token, in the order r, k, v, w, g."""
+        """6.1, 6.2: five mixes of x and the previous token, both (B, T, D), in the order r, k, v, w, g."""
         delta = previous - x
         slots = mx.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1).reshape(*x.shape[:2], 5, -1)
         mixes = slots.transpose(2, 0, 1, 3) @ self.time_maa_w2[:, None]  # (5, B, T, D)

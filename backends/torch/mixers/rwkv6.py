@@ -82,7 +82,7 @@ class Rwkv6Mixer(Projections):
         return self.output_of(gated(self, self.spec, p, gate)), new_state  # 6.8
 
     def previous(self, x: Tensor, state: LayerState, context: MixContext) -> Tensor:
-        """x one token earlier: the stored one before the first, zeros at the start of a sequence."""
+        """x (B, T, D) one token earlier: the stored one before the first, zeros at the start of a sequence."""
         first = state["shift"].to(x.dtype) if "shift" in state else torch.zeros_like(x[:, :1])
         previous = torch.cat([first, x[:, :-1]], 1)
         if context.cu_seqlens is not None:
@@ -90,7 +90,7 @@ class Rwkv6Mixer(Projections):
         return previous
 
     def shifted(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
-        """6.1, 6.2: five mixes of x and the previous token, in the order r, k, v, w, g."""
+        """6.1, 6.2: five mixes of x and the previous token, both (B, T, D), in the order r, k, v, w, g."""
         delta = previous - x
         slots = torch.tanh((x + delta * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))
         bases = torch.cat((self.time_maa_r, self.time_maa_k, self.time_maa_v, self.time_maa_w, self.time_maa_g))
