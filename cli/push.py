@@ -1,5 +1,6 @@
 """`radlads push`: a verified folder to the Hugging Face Hub."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from radlads.cli.options import arg, opt
 from radlads.cli.render import Table, note, size
 
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 @dataclass(kw_only=True)
 class PushOptions:
@@ -41,6 +43,8 @@ def push(options: PushOptions) -> PushResult:
     """Upload the files of the manifest, the card and the verdict; R501 for a folder that is not verified, R104, R101."""
     from radlads.errors import fail
 
+    if not REPOSITORY.fullmatch(options.repo):
+        raise fail("R101", where=options.repo, why="it is no repository's name", fix="Write OWNER/NAME")
     files = sendable(Path(options.model))
     if options.dry_run:
         return PushResult(options.repo, files, "")

@@ -312,6 +312,7 @@ def test_push_sends_a_verified_folder_and_nothing_else(radlads, student, hub):
     (student / ".env").write_text("SECRET")
     verified(student)
     radlads("card", student)
+    assert radlads("push", student, "model", "--dry-run").status == 2
     outcome = radlads("push", student, "me/model", "--dry-run", "--json")
     assert outcome.status == 0 and hub.calls == []
     outcome = radlads("push", student, "me/model", "--private", "--json")
