@@ -159,8 +159,8 @@ def computed_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "T
 
 
 def quantised_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "Tokenizer | None") -> list["Check"]:
-    """What MLX computes of the words, and what quantisation costs: the predictions of the dequantised weights and of --against,
-    both by the oracle."""
+    """What MLX computes of the words, against the oracle with the same words, and what quantisation costs: the predictions of the
+    dequantised weights and of --against, both by the oracle."""
     from radlads.backends import available_backends, open_engine
     from radlads.verify import ORACLE_PARAMETERS, QUANTISED_KL, Check, compute, engine_checks, loss_check, sample_tokens
     from radlads.weights_tools.formats import open_source
@@ -169,8 +169,9 @@ def quantised_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "
     tokens = sample_tokens(folder, tokenizer)
     names = [name for name in available_backends() if name == "mlx" and options.backend in ("all", name)]
     computed = {name: compute(open_engine(folder, name, options.dtype), tokens) for name in names}
-    checks = engine_checks(computed, None, "the weights are quantised: see loss", options.dtype)
     parameters = folder.spec.parameters()
+    oracle = oracle_of_words(folder, tokens) if parameters <= ORACLE_PARAMETERS else None
+    checks = engine_checks(computed, oracle, f"{parameters:,} parameters are too many for float64", options.dtype)
     if other is None:
         return [*checks, Check("loss", "skipped", "give the unquantised model with --against DIR")]
     if parameters > ORACLE_PARAMETERS:
@@ -178,6 +179,25 @@ def quantised_checks(options: VerifyOptions, folder: "ModelFolder", tokenizer: "
     ours, theirs = (oracle_of(source, tokens) for source in (open_source(folder.path), other))
     limit = QUANTISED_KL if options.max_kl is None else options.max_kl
     return [*checks, loss_check(ours, theirs, tokens, limit)]
+
+
+def oracle_of_words(folder: "ModelFolder", tokens: list[int]) -> Any:
+    """The oracle's logits (P, V) after each prefix, of what the words of a quantised folder mean, with nothing rounded."""
+    import numpy as np
+
+    from radlads.oracle import oracle_logits
+    from radlads.tensors import read_float32, read_raw
+    from radlads.verify import prefix_lengths
+    from radlads.weights_tools.formats.affine import dequantise
+
+    weights = {}
+    for name, entry in folder.weights.items():
+        if few := folder.quantised.get(name):
+            scales, biases = read_float32(few.scales), read_float32(few.biases)
+            weights[name] = dequantise(read_raw(entry), scales, biases, "F32", few.bits).astype(np.float64)
+        else:
+            weights[name] = read_float32(entry).astype(np.float64)
+    return oracle_logits(folder.spec, weights, np.array(tokens))[[length - 1 for length in prefix_lengths(tokens)]]
 
 
 def oracle_of(source: "Source", tokens: list[int]) -> Any:

@@ -194,15 +194,18 @@ class ModelSpec:
             flags["groupnorm"] = flags.get("variant", "C") != "C"  # eras A and B normalise the output, C balances the key
         if mixer == "rwkv6" and "balance" not in flags:
             flags["balance"] = not flags.get("groupnorm", False)
-        widths = {name: rule.width(self) for name, rule in MIXERS[mixer].ranks.items()}
+        options = replace(DEFAULT_OPTIONS[mixer], **flags)
+        unused = {name for name, used in (("gate", options.gate == "lowrank"), ("tokenshift", options.token_shift)) if not used}
+        widths = {name: rule.width(self) for name, rule in MIXERS[mixer].ranks.items() if name not in unused}
         for name, width in (ranks or {}).items():
             if name not in widths:
-                raise ValueError(f"{mixer} has no rank {name!r}; it has {', '.join(widths)}")
+                where = " with these options" if name in unused else ""
+                raise ValueError(f"{mixer} has no rank {name!r}{where}; it has {', '.join(widths)}")
             widths[name] = width
         return replace(
             self,
             mixers=tuple("softmax" if i in keep_softmax else mixer for i in range(self.L)),
-            mixer=replace(DEFAULT_OPTIONS[mixer], **flags),
+            mixer=options,
             ranks=Ranks(**widths),
         )
 

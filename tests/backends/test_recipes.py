@@ -84,3 +84,5 @@ def test_the_older_ranks_of_the_published_7b_and_32b() -> None:
     assert teacher.as_student("rwkv6", ranks={"tokenshift": 32, "decay": 64}).parameters() == 8_020_938_240
     with pytest.raises(ValueError, match="rwkv6 has no rank 'iclr'"):
         teacher.as_student("rwkv6", ranks={"iclr": 3})
+    with pytest.raises(ValueError, match="rwkv6 has no rank 'gate' with these options; it has tokenshift, decay"):
+        teacher.as_student("rwkv6", ranks={"gate": 64})

@@ -231,8 +231,8 @@ def test_what_quantisation_costs_is_measured(radlads, made, tmp_path):
     outcome = radlads("verify", tmp_path / "q8", "--against", made, "--json")
     loss = checks_of(outcome)["loss"]
     assert outcome.status == 0 and loss["limit"] == 0.1 and 0 < loss["value"] < 1e-3, outcome.out
-    split = checks_of(outcome)["mlx split prefill"]
-    assert split["status"] == "passed" and 0 < split["value"] < 1e-5
+    for name in ("mlx against oracle", "mlx split prefill"):
+        assert checks_of(outcome)[name]["status"] == "passed" and 0 < checks_of(outcome)[name]["value"] < 1e-5, name
     outcome = radlads("verify", tmp_path / "q8", "--against", made, "--max-kl", loss["value"] / 2, "--json")
     assert outcome.status == 3 and checks_of(outcome)["loss"]["status"] == "failed"
     flip("model.safetensors", -1)(tmp_path / "q8")

@@ -17,10 +17,11 @@ from radlads.errors import RadladsError
 from radlads.families.published import detect
 from radlads.files import sha256
 from radlads.folder import ModelFolder, open_folder
+from radlads.oracle import oracle_logits
 from radlads.recipe import Stage
 from radlads.sampling import Sampling
 from radlads.session import Session
-from radlads.tensors import read_raw
+from radlads.tensors import read_float32, read_raw
 from radlads.tokenizer import Tokenizer
 from radlads.verify import check_provenance, check_tokenizer
 from radlads.weights_tools.convert import convert
@@ -155,6 +156,12 @@ def openmose(name: str) -> str:
         if ours != "_proj." or ".ffn." in name:
             name = name.replace(ours, theirs)
     return name
+
+
+def test_the_oracle_equals_the_published_equations(case: Case) -> None:
+    _, folder, wanted = case
+    weights = {name: read_float32(entry).astype(np.float64) for name, entry in folder.weights.items()}
+    assert relative(oracle_logits(folder.spec, weights, TOKENS), wanted) <= 1e-10
 
 
 @torch.no_grad()

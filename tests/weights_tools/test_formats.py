@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,37 @@ def test_archive_of_more_than_four_gigabytes_has_the_fields_of_zip64(large: int,
         assert read_raw(entry).tobytes() == read_raw(open_folder(source).weights[name]).tobytes()
 
 
+def write_gguf(path: Path, folder: Path, changes: dict[str, Any], ours: bool = False) -> None:
+    """A GGUF file of a folder's model with changed metadata (None leaves a key out), with our own keys or as others write it."""
+    source = open_source(folder)
+    meta = gguf_writer.metadata(source, source.tensors, source.dtype)
+    meta |= gguf_tokenizer.metadata_of(source.files, source.token_ids, source.spec.V, source.path)
+    meta = {name: value for name, value in meta.items() if ours or not name.startswith(("radlads.", "tokenizer.huggingface"))}
+    meta = {name: value for name, value in {**meta, **changes}.items() if value is not None}
+    theirs = to_theirs(gguf_rules.rules_of(source.spec), source.tensors)
+    parts = [gguf_writer.header(meta, theirs)]
+    parts += [bytes(as_bytes(piece)) if not isinstance(piece, bytes) else piece
+              for segment in gguf_writer.data(theirs) for piece in segment.pieces({})]  # fmt: skip
+    path.write_bytes(b"".join(parts))
+
+
+@pytest.mark.parametrize("kind", ["rwkv6", "llama"])
+def test_a_gguf_file_of_others_is_the_same_model_and_what_it_leaves_open_is_told(kind: str, tmp_path: Path) -> None:
+    source = make(tmp_path, kind, "BF16")
+    arch = "rwkv6qwen2" if kind == "rwkv6" else "llama"
+    left_out = {f"{arch}.attention.layer_norm_rms_epsilon": None, f"{arch}.rope.freq_base": None}
+    write_gguf(tmp_path / "theirs.gguf", source, left_out)
+    found, wanted = open_source(tmp_path / "theirs.gguf"), open_source(source)
+    freely = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_positions": found.spec.max_positions}
+    assert found.spec == replace(wanted.spec, **freely)
+    told = "; ".join(found.notices)
+    assert "norm epsilon 1e-06" in told and ("rotary base 10000" in told) == (kind == "llama") == ("clamped at -5" not in told)
+    for name, tensor in wanted.tensors.items():
+        assert found.tensors[name].whole().tobytes() == tensor.whole().tobytes(), name
+    write_gguf(tmp_path / "whole.gguf", source, {})
+    assert not any("epsilon" in line or "rotary" in line for line in open_source(tmp_path / "whole.gguf").notices)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -334,17 +366,8 @@ def test_archive_of_more_than_four_gigabytes_has_the_fields_of_zip64(large: int,
     ],
 )
 def test_metadata_of_a_hostile_file_is_refused_in_one_line_or_without_effect(key: str, value: Any, tmp_path: Path) -> None:
-    source = open_source(tiny_teacher(tmp_path / "teacher", "llama"))
-    meta = gguf_writer.metadata(source, source.tensors, "F32")
-    meta |= gguf_tokenizer.metadata_of(source.files, source.token_ids, source.spec.V, source.path)
-    if key.startswith(("llama.", "tokenizer.")):
-        for ours in [name for name in meta if name.startswith(("radlads.", "tokenizer.huggingface"))]:
-            del meta[ours]
-    theirs = to_theirs(gguf_rules.rules_of(source.spec), source.tensors)
-    parts = [gguf_writer.header({**meta, key: value}, theirs)]
-    parts += [bytes(as_bytes(piece)) if not isinstance(piece, bytes) else piece
-              for segment in gguf_writer.data(theirs) for piece in segment.pieces({})]  # fmt: skip
-    (tmp_path / "hostile.gguf").write_bytes(b"".join(parts))
+    teacher = tiny_teacher(tmp_path / "teacher", "llama")
+    write_gguf(tmp_path / "hostile.gguf", teacher, {key: value}, ours=not key.startswith(("llama.", "tokenizer.")))
     before = sorted(path.name for path in tmp_path.rglob("*"))
     try:
         convert(tmp_path / "hostile.gguf", tmp_path / "out", "hf", say=lambda text: None)

@@ -165,8 +165,8 @@ def checked(source: Source, tensors: Mapping[str, Lazy], allow: bool, say: Calla
             known = values.setdefault(name, flat[:1].copy())
             if known is None or (flat[:1024] != known).any() or (flat != known).any():
                 values[name] = None
-            elif stop == tensor.shape[0] and name not in told and (matrix or not known.any()):
-                told.add(name)
+            elif stop == tensor.shape[0] and (matrix or not known.any()):
+                values[name] = None  # told once, however often it is read
                 say(f"{name} holds one value throughout: {float(decode(known, tensor.dtype)[0]):g}")
 
         def read(start: int, stop: int) -> Raw:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,7 @@ def described(path: Path, file: GgufFile, arch: str, notices: list[str]) -> tupl
         config = config_of(path, file, arch)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise fail("R204", where=path, why=f"its settings are of the wrong kind: {error}", fix="Use another file") from None
+    notices += told(file, arch)
     try:
         spec = read_config(config)
         return (student(spec, file, notices) if arch == RWKV6 else spec), config
@@ -181,6 +182,14 @@ def config_of(path: Path, file: GgufFile, arch: str) -> dict[str, Any]:
     }
     scaling = rope_scaling(path, file, config, setting)
     return {**config, **({"rope_scaling": scaling} if scaling else {})}
+
+
+def told(file: GgufFile, arch: str) -> Iterator[str]:
+    """What the metadata leave open, and what is taken as llama.cpp takes it."""
+    if f"{arch}.attention.layer_norm_rms_epsilon" not in file.metadata:
+        yield f"norm epsilon 1e-06: the file has no {arch}.attention.layer_norm_rms_epsilon"
+    if arch != RWKV6 and f"{arch}.rope.freq_base" not in file.metadata:
+        yield f"rotary base 10000: the file has no {arch}.rope.freq_base"
 
 
 def shortest(value: object) -> object:

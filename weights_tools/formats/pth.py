@@ -117,7 +117,8 @@ def plan(source: Source, writing: Writing, key: str) -> Output:
         small[MANIFEST] = manifest_of(source, {"to": NAME, "dtype": dtype}, key, hashes, small)
         return small
 
-    return Output([file], small_files)
+    alone = "the file holds weights alone: reading it takes --config with this model's config.json (a folder has it beside them)"
+    return Output([file], small_files, notices=(alone,) if writing.single else ())
 
 
 def archive(name: str, root: str, tensors: Mapping[str, Lazy]) -> OutputFile:
