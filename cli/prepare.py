@@ -253,7 +253,7 @@ def _chat(model: "ModelFolder", tokenizer: "Tokenizer", options: PrepareOptions)
     from radlads.data.chat import script_of
 
     opening, answer, again = map(tokenizer.encode, script_of(tokenizer.chat, model.path))
-    return opening, Turns(answer, again, tokenizer.eos_ids)
+    return opening, Turns(answer, again, tokenizer.eos_ids | tokenizer.turn_ids)
 
 
 def _openings(tokenizer: "Tokenizer", options: PrepareOptions, opening: list[int]) -> Iterator[list[int]]:

@@ -103,7 +103,7 @@ class Writer:
         self.logprobs: list[float] = []
         self.text = ""
         self.finish: str | None = None
-        self._eos_ids = tokenizer.eos_ids
+        self._ends = tokenizer.eos_ids | tokenizer.turn_ids
         self._decoder = StreamDecoder(tokenizer, prompt_ids)
         self._recent = deque(prompt_ids[-PENALTY_WINDOW:], maxlen=PENALTY_WINDOW)
         self._sampling = sampling
@@ -115,7 +115,7 @@ class Writer:
     def take(self, logits: Logits) -> str:
         """Choose the next token from logits (V,); the text that is certain now, maybe none. See `finish` for the end."""
         token, logprob = pick(logits, self._sampling, self._rng, list(self._recent))
-        if token in self._eos_ids:
+        if token in self._ends:
             self.finish = "stop"
             return self._show(self._decoder.finish())
         self.token_ids.append(token)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -121,6 +121,19 @@ class Tokenizer:
         for message in messages:
             text = text + message["content"] if message["role"] == "assistant" else continued(text, message["content"])
         return text
+
+    @cached_property
+    def turn_ids(self) -> frozenset[int]:
+        """The token that the chat template writes right behind an answer, as <|im_end|> or <sep>: it ends the answer, whether
+        the model's files list it as an end or not. Empty where that is no token of its own."""
+        said, answer = "Hello.", "An answer."
+        try:
+            messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+            _, found, behind = self.chat(messages, add_generation_prompt=False).rpartition(answer)
+        except RadladsError:  # it has no template, or one that wants something else
+            return frozenset()
+        first = self.encode(behind.lstrip())[:1] if found else []
+        return frozenset(first) & self._fast.get_added_tokens_decoder().keys()
 
     def _special_text(self, name: str) -> str:
         value = self._config.get(name)

@@ -197,3 +197,16 @@ def test_new_seed_starts_the_random_numbers_afresh(tokenizer):
     session.set_sampling(Sampling(temp=1, seed=2))
     session.set_sampling(Sampling(temp=1, seed=1))
     assert talk(session, "hi") == first
+
+
+def test_an_answer_ends_with_the_token_that_the_template_writes_behind_it(tmp_path):
+    folder = tiny_teacher(tmp_path / "teacher")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_start|>{% endfor %}assistant:"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(folder)
+    assert 1 not in tokenizer.eos_ids
+    engine = ToyEngine(loud=[*tokenizer.encode("the cat"), 1, *tokenizer.encode("user: and so on")])
+    session = Session(engine, tokenizer)
+    assert talk(session, "who?") == "the cat" and session.last.finish == "stop"
+    talk(session, "and?")
+    assert after(session) == alone(session.ids) and session.ids.count(1) == 3

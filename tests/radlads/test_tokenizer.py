@@ -5,7 +5,7 @@ import pytest
 
 from radlads.errors import RadladsError
 from radlads.tokenizer import StreamDecoder, Tokenizer
-from tests.models import tiny_teacher
+from tests.models import CHAT_TEMPLATE, tiny_teacher
 
 TEXT = "Once upon a time: grüße, 日本語 and 🙂🚀!"
 
@@ -40,6 +40,22 @@ def test_encode_and_decode_are_inverse(folder):
 def test_eos_ids_come_from_every_file(folder):
     tokenizer = Tokenizer(folder)
     assert tokenizer.eos_ids == {0, 2} and tokenizer.eos_id == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHAT_TEMPLATE, {2}),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }} <|im_start|> {% endfor %}", {1}),  # as Reka's has <sep>
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", set()),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", set()),
+        ("{{ raise_exception('no') }}", set()),
+    ],
+)
+def test_what_the_template_writes_behind_an_answer_ends_it(folder, tmp_path, template, ends):
+    assert with_template(folder, tmp_path, template).turn_ids == ends
+    (tmp_path / "changed" / "chat_template.jinja").unlink()
+    assert Tokenizer(tmp_path / "changed").turn_ids == set()
 
 
 def test_stream_never_hands_out_half_a_character(folder):
