@@ -15,9 +15,9 @@ from radlads.backends.mlx.kernels.gpu import LANES, ROWS, GpuKernel, constant
 CHECKPOINT = 16
 SHARED_BYTES = 32768  # what Metal allows a threadgroup
 
-# One threadgroup: ROWS value rows of a head. Blocks of BLOCK tokens are staged for all rows, the next one being on its way
-# while one is used, and no thread waits for another inside a block but for the sums over the lanes of its row.
-FORWARD = """
+# One threadgroup: ROWS value rows of a head. Blocks of BLOCK tokens are staged for all rows, and no thread waits for another
+# inside a block but for the sums over the lanes of its row.
+BLOCKS = """
     constexpr int QUADS = N / 4 / LANES;  // float4 per lane
     constexpr int THREADS = ROWS * LANES;
     constexpr int LOADS = (BLOCK * N + THREADS - 1) / THREADS;
@@ -33,6 +33,10 @@ FORWARD = """
     SHARED float4 shared_a[BLOCK * N / 4];
     SHARED float4 shared_b[BLOCK * N / 4];
 #endif
+"""
+
+# The next block is on its way while one is used.
+FORWARD = BLOCKS + """
     SHARED float shared_v[BLOCK * ROWS];
 
     float4 S[QUADS];
@@ -115,22 +119,7 @@ FORWARD = """
 
 # The gradient G of the state, by rows and from the last token to the first: with dp and the inputs it needs no state.
 # Its products with k and b are the gradients of v and of u = S a.
-BACKWARD_ROWS = """
-    constexpr int QUADS = N / 4 / LANES;
-    constexpr int THREADS = ROWS * LANES;
-    constexpr int LOADS = (BLOCK * N + THREADS - 1) / THREADS;
-    constexpr int VALUES = (BLOCK * ROWS + THREADS - 1) / THREADS;
-    const int tokens = r_shape[1], heads = r_shape[2];
-    const int part = me % LANES, first_row = group.x * ROWS, row = first_row + me / LANES;
-    const size_t head = size_t(group.z) * heads + group.y, stride = size_t(heads) * N;
-    const size_t start = size_t(group.z) * tokens * stride + group.y * N;
-    SHARED float4 shared_r[BLOCK * N / 4];
-    SHARED float4 shared_w[BLOCK * N / 4];
-    SHARED float4 shared_k[BLOCK * N / 4];
-#if DELTA
-    SHARED float4 shared_a[BLOCK * N / 4];
-    SHARED float4 shared_b[BLOCK * N / 4];
-#endif
+BACKWARD_ROWS = BLOCKS + """
     SHARED float shared_dp[BLOCK * ROWS];
 
     float4 G[QUADS];
