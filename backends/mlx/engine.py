@@ -1,8 +1,8 @@
 """The engine of the MLX backend: tokens in, logits and a new state out (radlads.engine says the contract)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
@@ -19,16 +19,28 @@ from radlads.positions import rope_depends_on_length
 
 # Tokens per forward pass, so that the memory of a long prompt does not grow with it.
 PREFILL_STEP = 1024
+Layers = tuple[dict[str, mx.array], ...]
 # Names in a state file: of the slots of a recurrent layer, and of a softmax layer's keys and values.
 SLOTS = {WKV: "wkv", SHIFT: "shift"}
 
 
-@dataclass(frozen=True)
 class MlxState:
-    """Tokens fed, and per layer the arrays of its cache by name: wkv, shift, or k and v (1, Hkv, S, N). Never changed."""
+    """Tokens fed, and per layer the arrays of its cache by name: wkv, shift, or k and v (1, Hkv, S, N). A value: never changed.
 
-    position: int
-    layers: tuple[dict[str, mx.array], ...]
+    After a step of several sequences it is row `row` of their joint arrays `held`, until its own are asked for.
+    """
+
+    def __init__(self, position: int, held: Layers, row: int | None = None) -> None:
+        self.position, self.held, self.row = position, held, row
+
+    @property
+    def layers(self) -> Layers:
+        """The arrays of this sequence alone, in memory of their own: a slice would keep the states of all the others alive."""
+        if self.row is not None:
+            row = mx.array([self.row])
+            self.held, self.row = tuple({name: x[row] for name, x in layer.items()} for layer in self.held), None
+            mx.eval(self.held)
+        return self.held
 
 
 class MlxEngine:
@@ -50,6 +62,7 @@ class MlxEngine:
             _, layer, name = full.split(".")
             layers[int(layer)][name] = mx.array(x) if name == "wkv" else mx.array(x).astype(model.model.norm.weight.dtype)
         self.initial = MlxState(0, tuple(layers))
+        self._rows: WeakSet[MlxState] = WeakSet()  # states that may still be rows of joint arrays
         self.device = str(mx.default_device().type).rsplit(".", 1)[-1]
         # Keys and values grow with every token and tables of some rotary positions with the length: no graph of those lasts.
         lasting = not self.spec.kept_layers and not rope_depends_on_length(self.spec)
@@ -80,18 +93,28 @@ class MlxEngine:
         if not self._batched(states):
             fed = [self.feed(state, [token]) for state, token in zip(states, tokens, strict=True)]
             return np.stack([logits for logits, _ in fed]), [state for _, state in fed]
-        layers = [
-            {name: mx.concatenate([arrays[name] for arrays in held]) if len(held) > 1 else x for name, x in held[0].items()}
-            for held in zip(*(state.layers for state in states), strict=True)
-        ]
         seen = mx.array([state.position for state in states], mx.int32)
-        logits, layers = self._decode(mx.array(list(tokens))[:, None], seen, layers)
-        after = [
-            MlxState(state.position + 1, tuple({name: x[row : row + 1] for name, x in layer.items()} for layer in layers))
-            for row, state in enumerate(states)
-        ]
-        mx.eval(logits, *(state.layers for state in after))
+        logits, layers = self._decode(mx.array(list(tokens))[:, None], seen, list(self._joined(states)))
+        joint = tuple(layers)
+        mx.eval(logits, joint)
+        if len(states) == 1:
+            return np.array(logits), [MlxState(states[0].position + 1, joint)]
+        after = [MlxState(state.position + 1, joint, row) for row, state in enumerate(states)]
+        self._rows.update(after)
         return np.array(logits), after
+
+    def _joined(self, states: Sequence[MlxState]) -> Layers:
+        """The arrays of the states, one above the other: those of the step before where the same sequences go on together."""
+        # A state that somebody keeps, while the others of its step go on, takes its own arrays: theirs can be let go.
+        for kept in set(self._rows) - set(states):
+            self._rows.discard(kept)
+            _ = kept.layers
+        held = states[0].held
+        in_order = all(state.held is held and state.row == row for row, state in enumerate(states))
+        if in_order and len(held[0]["wkv"]) == len(states):
+            return held
+        parts = zip(*(state.layers for state in states), strict=True)
+        return tuple({name: mx.concatenate([x[name] for x in layer]) for name in layer[0]} for layer in parts)
 
     def _batched(self, states: Sequence[MlxState]) -> bool:
         """Whether the states stack: none of them grows, and none is still empty."""

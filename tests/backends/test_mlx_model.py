@@ -379,7 +379,8 @@ def test_state_arrays_go_there_and_back(name):
     assert shapes.items() <= {key: x.shape for key, x in arrays.items()}.items()
     restored = engine.from_arrays(arrays)
     assert np.array_equal(engine.feed(restored, [9])[0], engine.feed(state, [9])[0])
-    assert engine.from_arrays(engine.state_arrays(engine.start())) == engine.start()
+    empty = engine.from_arrays(engine.state_arrays(engine.start()))
+    assert (empty.position, empty.layers) == (0, engine.start().layers)
     for wrong in (
         {**arrays, "layers.1.wkv": arrays["layers.1.wkv"][:, :1]},
         {key: x for key, x in arrays.items() if key != "layers.1.wkv"},
@@ -409,3 +410,32 @@ def test_compiled_step_equals_the_plain_one():
             assert mine.position == theirs.position
             assert all(relative(x["wkv"], y["wkv"]) <= 1e-6 for x, y in zip(mine.layers, theirs.layers, strict=True))
             states[row] = mine
+
+
+def test_a_kept_state_does_not_keep_the_others_of_its_step():
+    """Memory counted by MLX: of eight sequences one is kept, as a server keeps it for the next turn, and two go on."""
+    engine = MlxEngine(build("rwkv7 C")[0], compiled=False)
+    states = [engine.feed(engine.start(), [row + 1, 5])[1] for row in range(8)]
+    for token in (9, 7):
+        _, states = engine.feed_many(states, [token] * 8)
+    kept, going = states[3], [states[5], states[1]]
+    del states
+    engine.feed_many(going, [2, 2])
+    del going
+    alone = engine.start()
+    for tokens in ([4, 5], [9], [7]):
+        alone = engine.feed(alone, tokens)[1]
+    assert all(relative(x["wkv"], y["wkv"]) <= 1e-6 for x, y in zip(kept.layers, alone.layers, strict=True))
+    own = sum(x.nbytes for layer in kept.layers for x in layer.values())
+    before = mx.get_active_memory()
+    del kept
+    assert own <= before - mx.get_active_memory() < 2 * own
+
+
+def test_sequences_that_go_on_together_are_neither_split_nor_joined():
+    engine = MlxEngine(build("rwkv7 C")[0], compiled=False)
+    states = [engine.feed(engine.start(), [row + 1, 5])[1] for row in range(3)]
+    _, states = engine.feed_many(states, [1, 2, 3])
+    assert engine._joined(states) is states[0].held
+    for others in (states[::-1], states[:2]):
+        assert engine._joined(others) is not states[0].held
