@@ -171,9 +171,10 @@ def checked(source: Source, tensors: Mapping[str, Lazy], allow: bool, say: Calla
 
         def read(start: int, stop: int) -> Raw:
             raw = tensor.read(start, stop)
-            if watched and raw.size:
+            whole = finite(raw, tensor.dtype)
+            if whole and watched and raw.size:
                 follow(raw, stop)
-            if name not in told and not finite(raw, tensor.dtype):
+            if not whole and name not in told:
                 if rows[name].read and not allow:
                     why = f"{name} holds NaN or infinity"
                     raise fail("R207", where=source.path, why=why, fix="Get the weights again, or pass --allow-nonfinite")
