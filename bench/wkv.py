@@ -1,6 +1,7 @@
 """Times the WKV training kernels on one GPU against the byte floor and, where importable, flash-linear-attention.
 
-Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers] [--profile] [--float32-gates] [--unbounded]
+Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers [--peer-configs N]] [--cold] [--profile]
+         [--segments] [--no-errors] [--float32-gates] [--unbounded]
      python bench/wkv.py --decode | --decode-model [--fused-step] [--profile] [--batches 1,8]
 Prints one row per op and shape, last. Calls are queued without waiting in between, as in training, and timed by events on the
 device; the L2 cache is overwritten before each. Floor: each bf16 input read once and each output written once, at the bandwidth
@@ -8,8 +9,11 @@ of a large copy measured in the same run. Errors: relative RMS against a float64
 """
 import argparse
 import math
+import os
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +59,18 @@ def peers(op: str) -> dict[str, Callable[..., Tensor]]:
     from fla.ops.rwkv7 import chunk_rwkv7
     return {f"chunk_rwkv7 c{size}": lambda *x, size=size: chunk_rwkv7(
         *x, safe_gate=True, lower_bound=BOUND, chunk_size=size)[0] for size in (16, 32, 64)}
+
+
+def limit_tuning(most: int) -> None:
+    """Lets Triton's tuners, which are the peers' only, try at most that many configurations of a kernel, spread over theirs."""
+    from triton.runtime import autotuner
+    first = autotuner.Autotuner.__init__
+
+    def few(self: object, fn: object, arg_names: object, configs: list, *rest: object, **options: object) -> None:
+        configs = list(configs)
+        first(self, fn, arg_names, configs[:: max(1, -(-len(configs) // most))], *rest, **options)
+
+    autotuner.Autotuner.__init__ = few
 
 
 def exact(op: str, inputs: list[Tensor]) -> Tensor:
@@ -130,7 +146,10 @@ def measure(name: str, op: str, fn: Callable[..., Tensor], inputs: list[Tensor],
         with torch.no_grad():
             fn(*inputs)
 
+    began = time.perf_counter()
     both()
+    torch.cuda.synchronize()
+    print(f"  {name}: first forward and backward {time.perf_counter() - began:.1f} s", flush=True)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     both()
@@ -237,6 +256,8 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES, help="BxTxHxN, comma-separated")
     parser.add_argument("--ops", default="rwkv7,rwkv6", help="rwkv7, rwkv6 or both")
     parser.add_argument("--peers", action="store_true", help="also time flash-linear-attention (tunes for minutes when cold)")
+    parser.add_argument("--peer-configs", type=int, metavar="N", help="their tuners try at most N configurations of a kernel")
+    parser.add_argument("--cold", action="store_true", help="begin with an empty cache of compiled kernels")
     parser.add_argument("--profile", action="store_true", help="also print milliseconds per kernel")
     parser.add_argument("--float32-gates", action="store_true")
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
@@ -249,6 +270,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/wkv.py needs an NVIDIA or AMD GPU")
+    if options.cold:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="cold")
+    if options.peer_configs:
+        limit_tuning(options.peer_configs)
     torch.manual_seed(0)
     segments.SEGMENTS, layer_step.FUSED_STEP = options.segments, options.fused_step
     flush = torch.empty(2 ** 26, device="cuda")
