@@ -182,8 +182,7 @@ def base_spec(
     settings = dict(config)
     if "softmax" not in mixers:
         settings["use_sliding_window"] = False  # it is about layers that the model does not have
-    names = [set(layer) for layer in attention_tensors(shapes)]
-    qk_norm = any(layer & {"q_norm.weight", "r_norm.weight", "k_norm.weight"} for layer in names)
+    qk_norm = bool(first.keys() & {"q_norm.weight", "r_norm.weight", "k_norm.weight"})
     query = "receptance" if "receptance.weight" in first else "q_proj"
     stated = stated_spec(settings, qk_norm, f"{query}.bias" in first)
     measured = {
