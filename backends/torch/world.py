@@ -26,6 +26,8 @@ from radlads.errors import RadladsError, fail
 T = TypeVar("T")
 # Rank 0 may tokenise a corpus or write a model while the others wait; a training step has the watchdog's limit instead.
 PATIENCE = timedelta(hours=24)
+# How long processes wait for one that does not arrive at the start.
+JOIN = timedelta(minutes=10)
 # Seconds between signs of life of each process, and after how many without one a process counts as gone.
 BEAT, GONE = 2.0, 45.0
 # Bytes from which a tensor is worth a collective of its own.
@@ -42,6 +44,8 @@ class World:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._control: Any = None
         self._saving: Any = None
+        self._meeting: Any = None
+        self._looks = 0
         self._leaving = threading.Event()
         self._outside: subprocess.Popen[bytes] | None = None
         self._meshes: dict[str, Any] = {}
@@ -92,19 +96,28 @@ class World:
         return self._saving
 
     def connect(self) -> "World":
-        """Join the other processes at MASTER_ADDR and MASTER_PORT."""
+        """Join the other processes at MASTER_ADDR and MASTER_PORT. R406 where one of them does not come."""
         import torch.distributed as dist
 
+        try:
+            self._meeting, *_ = next(iter(dist.rendezvous("env://", timeout=JOIN)))
+            # From here on one that is gone is noticed, whatever the others wait for.
+            self.look_out()
+        except RuntimeError as error:
+            why = f"not all of them came within {JOIN.total_seconds():.0f} s ({str(error).partition('. ')[0][:160]})"
+            fix = "See why the others ended, and run the same command again"
+            raise fail("R406", where=f"rank {self.rank} of {self.size}", why=why, fix=fix) from error
+        self._meeting.set_timeout(PATIENCE)
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         # device_id makes NCCL connect at once, where errors are still readable.
-        dist.init_process_group(backend, timeout=PATIENCE, device_id=self.device if on_gpu else None)
+        options: dict[str, Any] = {"store": self._meeting, "rank": self.rank, "world_size": self.size}
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=self.device if on_gpu else None, **options)
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         # A thread talks over it while training goes on: on one group the two would mix.
         self._saving = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.look_out()
         return self
 
     def look_out(self, gone: float = GONE) -> None:
@@ -112,12 +125,16 @@ class World:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        self._looks += 1
+        place = f"lookout-{self._looks}"
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.first else None
-        port = self.share(store.port if store is not None else 0)
+        if store is not None:
+            self._meeting.set(place, str(store.port))
+        port = int(self._meeting.get(place))
         store = store or TCPStore(host, port, is_master=False, wait_for_workers=False)
         store.set(f"beat-{self.rank}", "0")
         store.set(f"process-{self.rank}", f"{machine()} {os.getpid()}")
-        self.barrier()  # reading a key that is not there yet would wait for it
+        store.wait([f"process-{rank}" for rank in range(self.size)], JOIN)
         self.stop_looking_out()
         self._leaving = threading.Event()
         neighbours = self.neighbours(store)
@@ -200,7 +217,7 @@ class World:
             self.stop_looking_out()
             self.barrier()  # nobody takes down the store while another still looks
             dist.destroy_process_group()
-            self._control = self._saving = None
+            self._control = self._saving = self._meeting = None
             self._meshes.clear()
 
     def any(self, flag: bool) -> bool:
