@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from radlads.backends.torch.kernels import kl
 from radlads.backends.torch.losses import TeacherHead, TopK, distillation_loss
 
 DEVICE = "cuda"
+# Tokens of a group, tokens of a teacher's part, and whether the teacher's logits are float32.
+GROUPS = ((2048, 512, False), (1536, 512, True), (1664, 448, True), (1920, 384, True), (2048, 256, True))
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -64,6 +67,16 @@ def published(inputs: Inputs) -> Tensor:
     return sum(torch.utils.checkpoint.checkpoint(part, *x, use_reentrant=False) for x in parts) / len(hidden)
 
 
+def grouped(many: int, few: int, wide: bool, inputs: Inputs) -> Tensor:
+    """Ours with other numbers of tokens whose student's and teacher's logits exist at once."""
+    before = losses.tokens_at_once, losses.WIDE_TEACHER
+    losses.tokens_at_once, losses.WIDE_TEACHER = lambda *_: (many, few), wide
+    try:
+        return ours(inputs)
+    finally:
+        losses.tokens_at_once, losses.WIDE_TEACHER = before
+
+
 def liger() -> Callable[[Inputs], Tensor]:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -85,6 +98,9 @@ def forms(wanted: str, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
         "512 tokens, checkpointed": lambda: published(inputs),
         "plain, all logits": lambda: plain(inputs),
     }
+    for many, few, wide in GROUPS:
+        name = f"groups {many}, {few} {'float32' if wide else 'bf16'}"
+        found[name] = lambda many=many, few=few, wide=wide: grouped(many, few, wide, inputs)
     ids = torch.randint(0, inputs[1].shape[0], (len(inputs[0]), 64), device=inputs[0].device)
     top = TopK(ids, torch.full(ids.shape, -5.0, device=ids.device), torch.full(ids.shape[:1], -0.57, device=ids.device))
     try:
@@ -189,15 +205,20 @@ def launches(inputs: Inputs) -> None:
     table = torch.zeros(rows, kl.COLUMNS, device=z.device)
     weights = torch.ones(rows, device=z.device)
     chosen = kl.KL_LAUNCH
-    for launch in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16)):
+    shares = kl.KL_SHARES
+    for launch in ((2048, 4), (2048, 8), (4096, 8), (4096, 16)):
         kl.KL_LAUNCH = dict.fromkeys(chosen, launch)
-        both = [
-            milliseconds(lambda: kl.launch_stats(z, t, labels[:rows], table, kl.RowLoss()), 9),
-            milliseconds(lambda: kl.launch_grad(z, t, labels[:rows], weights, table, kl.RowLoss()), 9),
-        ]
-        print(f"block, warps {launch}: stats {both[0]:.3f} ms, grad {both[1]:.3f} ms for {rows} tokens "
-              f"({z.nbytes * 2 / both[0] / 1e9:.2f}, {z.nbytes * 3 / both[1] / 1e9:.2f} TB/s)", flush=True)
-    kl.KL_LAUNCH = chosen
+        for other in (t, t.float()):
+            stats = partial(kl.launch_stats, z, other, labels[:rows], table, kl.RowLoss())
+            grad = partial(kl.launch_grad, z, other, labels[:rows], weights, table, kl.RowLoss())
+            took = []
+            for kl.KL_SHARES, kernel in ((1, stats), (1, grad), (4, grad)):
+                took.append(milliseconds(lambda: [kernel() for _ in range(8)], 5) / 8)  # noqa: B023
+            moved = [z.nbytes + other.nbytes, *[2 * z.nbytes + other.nbytes] * 2]
+            rates = ", ".join(f"{name} {ms:.3f} ms ({size / ms / 1e9:.2f} TB/s)"
+                              for name, ms, size in zip(("stats", "grad", "grad in 4 shares"), took, moved, strict=True))
+            print(f"block, warps {launch}, teacher {str(other.dtype)[6:]}, {rows} tokens: {rates}", flush=True)
+    kl.KL_LAUNCH, kl.KL_SHARES = chosen, shares
     for rows in (512, 1024, 2048, 4096):
         if rows <= len(hidden):
             products(hidden[:rows], head)
@@ -237,10 +258,13 @@ def main() -> None:
           f"{floors[0]:.1f} and {floors[1]:.1f} ms at {options.tokens} x {options.width} x {options.vocab}", flush=True)
     if options.launches:
         launches(inputs)
+    chosen = forms(options.forms, inputs)
+    if not chosen:
+        return
     wanted = exact(inputs)
     torch.cuda.empty_cache()
     rows = []
-    for name, form in forms(options.forms, inputs).items():
+    for name, form in chosen.items():
         rows.append(measure(name, form, inputs, options.repeats, wanted))
         print(rows[-1], flush=True)
     columns = ("ms", "floor ms", "x floor", "x four", "GiB", "d hidden", "d head")

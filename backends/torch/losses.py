@@ -21,6 +21,9 @@ IGNORED = -100
 LOGITS_BYTES = {"cuda": 780 * 2**20, "cpu": 10 * 2**20}
 # The student's logits of this many parts of a group exist at once, the teacher's of one: fewer, longer products for the head.
 PARTS = 4
+# Whether a GPU makes a teacher's bfloat16 logits in float32, in twice their memory: their rounding is half of what rounding does
+# to a gradient, and would make up for the head's, which is rounded once for each group.
+WIDE_TEACHER = False
 # Values of the gradient of hidden states in one product: few of them do not fill a GPU, and at a width of 3,584 twice as many
 # leave more of it idle at the end.
 VALUES_OF_PRODUCT = 1024 * 3584
@@ -111,9 +114,14 @@ def language_model_loss(hidden: Tensor, head: Tensor, labels: Tensor, **options:
     return distillation_loss(hidden, head, None, labels, kl_weight=0.0, ce_weight=1.0, **options)
 
 
-def tokens_at_once(vocab: int, itemsize: int, device: str) -> tuple[int, int]:
+def teacher_dtype(hidden: Tensor) -> torch.dtype:
+    """What a teacher's logits are kept in beside a student's hidden states."""
+    return torch.promote_types(hidden.dtype, torch.float32) if WIDE_TEACHER and hidden.is_cuda else hidden.dtype
+
+
+def tokens_at_once(vocab: int, itemsize: int, teacher_itemsize: int, device: str) -> tuple[int, int]:
     """Tokens whose student logits, and whose teacher logits, exist at once."""
-    part = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]) // (vocab * itemsize * (PARTS + 1))
+    part = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]) // (vocab * (PARTS * itemsize + teacher_itemsize))
     part = max(part // 128 * 128, min(part, 128), 1)
     return PARTS * part, part
 
@@ -148,11 +156,12 @@ def linear_divergence(
     table = torch.zeros(n, COLUMNS, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_head = torch.empty_like(head, dtype=wide if float32_head_grad else None) if need_head else head.new_empty(0)
-    many, few = tokens_at_once(V, hidden.element_size(), hidden.device.type)
+    other = teacher_dtype(hidden)
+    many, few = tokens_at_once(V, hidden.element_size(), other.itemsize, hidden.device.type)
     # Rows begin at multiples of 128 bytes, with at least one spare column.
     width = (V // 64 + 1) * 64
     student = hidden.new_empty(min(n, many), width)
-    teacher = hidden.new_empty(min(n, few) if kind == "dense" else 0, width)
+    teacher = hidden.new_empty(min(n, few) if kind == "dense" else 0, width, dtype=other)
     for start in range(0, n, many):
         group_rows = slice(start, min(start + many, n))
         logits = student[: group_rows.stop - start, :V]
@@ -162,7 +171,7 @@ def linear_divergence(
             target: Tensor | TopK | None = None
             if teacher_hidden is not None and teacher_head is not None:
                 target = teacher[: rows.stop - first, :V]
-                torch.mm(teacher_hidden[rows].to(hidden.dtype), teacher_head.T.to(hidden.dtype), out=target)
+                add_product(target, teacher_hidden[rows].to(hidden.dtype), teacher_head.T.to(hidden.dtype), first=True)
             elif top_ids is not None and top_log_p is not None and top_log_tail is not None:
                 target = TopK(top_ids[rows], top_log_p[rows], top_log_tail[rows])
             differentiate(logits[first - start : rows.stop - start], target, labels[rows], weights[rows], table[rows], loss)

@@ -14,6 +14,8 @@ COLUMNS = 6
 STUDENT_SUM, TEACHER_SUM, CROSS, PLAIN_SUM, LABEL, SLOPE = range(COLUMNS)
 # Values of a row at a time, and warps of a program.
 KL_LAUNCH = {"stats": (2048, 8), "mixture": (4096, 8), "grad": (4096, 8)}
+# Programs that share a row of the gradient: enough for every multiprocessor until the end.
+KL_SHARES = 4
 # The least log-probability of a bucket of top_k, and what stands for a logit that was taken out.
 LEAST_LOG, TAKEN = -80.0, -1e30
 
@@ -257,7 +259,7 @@ def launch_mixture(z: Tensor, t: Tensor, table: Tensor, loss: RowLoss) -> None:
 def launch_grad(z: Tensor, t: Tensor | None, labels: Tensor, weights: Tensor, table: Tensor, loss: RowLoss) -> None:
     """Launch kl_grad_kernel."""
     other = z if t is None else t
-    kl_grad_kernel[(len(z),)](
+    kl_grad_kernel[(len(z), KL_SHARES)](
         z, other, labels, weights, table, z.shape[1], z.stride(0), other.stride(0), loss.first_id, 1 / loss.temperature,
         loss.kl_weight, loss.ce_weight, loss.beta, *loss.logs,
         KIND="top_k" if t is None else loss.kind, CE=loss.ce_weight != 0, **launch_options(z, "grad"),

@@ -5,6 +5,8 @@ from radlads.backends.torch.kernels.lang import tl, triton
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A logit beyond the vocabulary: its exponential is 0, and the difference of two is no NaN.
 NOTHING = tl.constexpr(-1e30)
+# Sums of exponentials beyond this are not used: their products might overflow.
+LARGE = tl.constexpr(1e25)
 
 
 @triton.jit
@@ -15,29 +17,21 @@ def kl_over_mixture(log_ratio, log_beta, log_rest):
 
 
 @triton.jit
-def kl_larger(x, y, x_other, y_other):
-    return tl.maximum(x, x_other), tl.maximum(y, y_other)
-
-
-@triton.jit
 def kl_block(row, column, V, OTHER: tl.constexpr):
     """A block of logits as they are stored; the caller asks for the next one before it works on this one."""
     return tl.load(row + column, mask=(column >= 0) & (column < V), other=OTHER)
 
 
 @triton.jit
-def kl_stats_kernel(student, teacher, labels, table, V, student_stride, teacher_stride, first_id, inv_temperature,
-                    KIND: tl.constexpr, CE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row of the table: both log-sum-exps, the expected log-ratio of the logits, and what cross-entropy needs."""
-    row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
-    table += row * COLUMNS
+def kl_sums(student, teacher, z_from, t_from, V, inv_temperature,
+            KIND: tl.constexpr, CE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of one row, with logits less z_from and t_from: sums of exponentials (student, teacher, student at temperature 1) and
+    of exponentials times the log-ratio.
+
+    Powers of two of (x - from) * scale: one multiply-add and one exponential for each logit.
+    """
     lane = tl.arange(0, BLOCK)
-    # Powers of two of (x - max) * scale: one multiply-add and one exponential for each logit.
     scale = inv_temperature * LOG2_E
-    z_max = tl.full((), NOTHING, tl.float32)
-    t_max = tl.full((), NOTHING, tl.float32)
     z_sum = tl.zeros((BLOCK,), tl.float32)
     t_sum = tl.zeros((BLOCK,), tl.float32)
     plain_sum = tl.zeros((BLOCK,), tl.float32)
@@ -52,38 +46,60 @@ def kl_stats_kernel(student, teacher, labels, table, V, student_stride, teacher_
         next_z = kl_block(student, start + BLOCK + lane, V, NOTHING)
         if KIND != "none":
             next_t = kl_block(teacher, start + BLOCK + lane, V, NOTHING)
-            z_new, t_new = tl.reduce((z, t), 0, kl_larger)
-        else:
-            z_new = tl.max(z, 0)
-            t_new = t_max
-        z_new = tl.maximum(z_max, z_new)
-        z_scale = tl.exp2((z_max - z_new) * scale)
-        z_exp = tl.exp2(z * scale - z_new * scale)
-        z_sum = z_sum * z_scale + z_exp
+        z_exp = tl.exp2(z * scale - z_from * scale)
+        z_sum += z_exp
         if CE:
-            plain_sum = plain_sum * tl.exp2((z_max - z_new) * LOG2_E) + tl.exp2(z * LOG2_E - z_new * LOG2_E)
-        z_max = z_new
+            plain_sum += tl.exp2(z * LOG2_E - z_from * LOG2_E)
         if KIND != "none":
-            t_new = tl.maximum(t_max, t_new)
-            t_scale = tl.exp2((t_max - t_new) * scale)
-            t_exp = tl.exp2(t * scale - t_new * scale)
-            t_sum = t_sum * t_scale + t_exp
-            t_max = t_new
+            t_exp = tl.exp2(t * scale - t_from * scale)
+            t_sum += t_exp
             if KIND == "kl":
-                cross = cross * t_scale + t_exp * (t - z)
+                cross += t_exp * (t - z)
             if KIND == "reverse_kl":
-                cross = cross * z_scale + z_exp * (z - t)
-    z_total = tl.sum(z_sum, 0)
-    tl.store(table, z_max * inv_temperature + tl.log(z_total))
+                cross += z_exp * (z - t)
+    return tl.sum(z_sum, 0), tl.sum(t_sum, 0), tl.sum(plain_sum, 0), tl.sum(cross, 0)
+
+
+@triton.jit
+def kl_largest(row, V, BLOCK: tl.constexpr):
+    """The largest logit of a row."""
+    lane = tl.arange(0, BLOCK)
+    found = tl.full((BLOCK,), NOTHING, tl.float32)
+    for start in range(0, V, BLOCK):
+        found = tl.maximum(found, kl_block(row, start + lane, V, NOTHING).to(tl.float32))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def kl_stats_kernel(student, teacher, labels, table, V, student_stride, teacher_stride, first_id, inv_temperature,
+                    KIND: tl.constexpr, CE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row of the table: both log-sum-exps, the expected log-ratio of the logits, and what cross-entropy needs."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    table += row * COLUMNS
+    lane = tl.arange(0, BLOCK)
+    # Exponentials are of logits less the largest of the first block, so that no maximum has to be followed along the row.
+    z_from = tl.max(kl_block(student, lane, V, NOTHING).to(tl.float32), 0)
+    t_from = z_from
     if KIND != "none":
-        t_total = tl.sum(t_sum, 0)
-        tl.store(table + 1, t_max * inv_temperature + tl.log(t_total))
-        if KIND == "kl":
-            tl.store(table + 2, tl.sum(cross, 0) / t_total * inv_temperature)
-        if KIND == "reverse_kl":
-            tl.store(table + 2, tl.sum(cross, 0) / z_total * inv_temperature)
+        t_from = tl.max(kl_block(teacher, lane, V, NOTHING).to(tl.float32), 0)
+    z_sum, t_sum, plain_sum, cross = kl_sums(student, teacher, z_from, t_from, V, inv_temperature, KIND, CE, BLOCK)
+    # Those sums are at least 1; where later logits are larger by more than fits, the row is done again from its largest.
+    if not (z_sum < LARGE and t_sum < LARGE and plain_sum < LARGE):
+        z_from = kl_largest(student, V, BLOCK)
+        if KIND != "none":
+            t_from = kl_largest(teacher, V, BLOCK)
+        z_sum, t_sum, plain_sum, cross = kl_sums(student, teacher, z_from, t_from, V, inv_temperature, KIND, CE, BLOCK)
+    tl.store(table, z_from * inv_temperature + tl.log(z_sum))
+    if KIND != "none":
+        tl.store(table + 1, t_from * inv_temperature + tl.log(t_sum))
+    if KIND == "kl":
+        tl.store(table + 2, cross / t_sum * inv_temperature)
+    if KIND == "reverse_kl":
+        tl.store(table + 2, cross / z_sum * inv_temperature)
     if CE:
-        tl.store(table + 3, z_max + tl.log(tl.sum(plain_sum, 0)))
+        tl.store(table + 3, z_from + tl.log(plain_sum))
         label = tl.load(labels + row) - first_id
         tl.store(table + 4, tl.load(student + label, mask=(label >= 0) & (label < V), other=0.0).to(tl.float32))
 
@@ -116,7 +132,7 @@ def kl_mixture_kernel(student, teacher, table, V, student_stride, teacher_stride
 def kl_grad_kernel(student, teacher, labels, weights, table, V, student_stride, teacher_stride, first_id, inv_temperature,
                    kl_weight, ce_weight, beta, log_beta, log_rest,
                    KIND: tl.constexpr, CE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Overwrites the student's logits with the gradient of the weighted loss."""
+    """Overwrites the student's logits with the gradient of the weighted loss. The second axis of the grid shares out a row."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
@@ -138,13 +154,14 @@ def kl_grad_kernel(student, teacher, labels, weights, table, V, student_stride, 
         plain_log_sum = tl.load(table + 3)
         label = tl.load(labels + row) - first_id
     # From the end: the last blocks of the pass before may still be in the cache.
-    blocks = tl.cdiv(V, BLOCK)
-    next_z = kl_block(student, (blocks - 1) * BLOCK + lane, V, 0.0)
+    blocks = tl.cdiv(tl.cdiv(V, BLOCK), tl.num_programs(1))
+    last = (tl.num_programs(1) - tl.program_id(1)) * blocks - 1
+    next_z = kl_block(student, last * BLOCK + lane, V, 0.0)
     next_t = next_z
     if KIND != "top_k":
-        next_t = kl_block(teacher, (blocks - 1) * BLOCK + lane, V, 0.0)
+        next_t = kl_block(teacher, last * BLOCK + lane, V, 0.0)
     for step in range(0, blocks):
-        column = (blocks - 1 - step) * BLOCK + lane
+        column = (last - step) * BLOCK + lane
         z = next_z.to(tl.float32)
         t = next_t.to(tl.float32)
         next_z = kl_block(student, column - BLOCK, V, 0.0)
