@@ -4,10 +4,16 @@ Run: python bench/step.py [--shape qwen2.5-7b] [--layers 3,6] [--stages align,di
 Weights are random, of a known teacher's shape. Prints one row per stage, batch and form, last: tokens per second, the share of
 the measured bf16 product rate that model FLOPs reach (MFU: no recomputation counted, the update included), peak memory as the
 driver sees it, the GPU's idle share, the first step (compilation included), and how far its loss is from the published form's
-at the same weights. Then the plan of `radlads plan` beside what was measured and, from two numbers of layers, the whole model's
-GPU-hours and price. "upstream" is eager, with the KL of 512 tokens at a time, checkpointing in step 2 (upstream-no-checkpoint:
-without), and torch's fused AdamW on float32 masters; its recurrence is ours, or flash-linear-attention's with --fla.
-"ours-no-graph" is ours without CUDA graphs.
+at the same weights. Then how many times as fast as the fastest published form ours is, the plan of `radlads plan` beside what
+was measured and, from two numbers of layers, the whole model's GPU-hours and price.
+
+Forms: "ours"; "ours-no-graph" is without CUDA graphs; "upstream" is eager, with the KL of 512 tokens at a time, checkpointing
+in step 2 and torch's fused AdamW on float32 masters; "upstream-no-checkpoint" without checkpointing; both with our recurrence,
+or with flash-linear-attention's at its best setting: "upstream-fla", "upstream-fla-no-checkpoint". Its tuners try all their
+configurations, which takes minutes, or with --tune N at most N of each kernel, spread over all.
+
+Several of these can be prepared at once and timed in turn: with --warm-up everything is compiled on two layers first, and with
+--turn FILE the timing begins when that file is there.
 """
 import argparse
 import re
@@ -76,6 +82,29 @@ def random_model(spec: ModelSpec, device: str, shared: Model | None = None) -> M
         weights[name] = values.to(torch.bfloat16)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def tune_few(limit: int) -> None:
+    """Let Triton's tuners try at most `limit` configurations of a kernel, which are compiled together."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import triton
+    from triton.runtime.autotuner import Autotuner
+
+    pool, prune = ThreadPoolExecutor(8), Autotuner.prune_configs
+
+    def few(self: Autotuner, kwargs: dict[str, object]) -> list[triton.Config]:
+        configs = list(prune(self, kwargs))
+        configs = configs[:: -(-len(configs) // limit)]
+        try:
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
+                for config in configs:
+                    self.fn.run(*self.nargs.values(), **{**kwargs, **config.all_kwargs(), "warmup": True})
+        except Exception as error:
+            print(f"compiled one by one: {error!r}", flush=True)
+        return configs
+
+    Autotuner.prune_configs = few
 
 
 def upstream_loss(stage: Stage, student: Model, teacher: Model, samples: Tensor, checkpointing: bool) -> Tensor:
@@ -172,7 +201,7 @@ def measure_form(stage: Stage, form: str, student: Model, teacher: Model, sample
         elif ours:
             found = work(samples, one)
         else:
-            found = upstream_loss(stage, student, teacher, samples, form == "upstream")
+            found = upstream_loss(stage, student, teacher, samples, "no-checkpoint" not in form)
             found.backward()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -203,7 +232,7 @@ def measure_form(stage: Stage, form: str, student: Model, teacher: Model, sample
     tokens = batch[0] * batch[1]
     mfu = flops_per_token(stage, teacher.spec, student.spec) * tokens / took / rate
     lost = "" if updates[-1][2] is None else f" {int(updates[-1][2]):8d}"
-    row = (f"{stage.kind:8s} {student.spec.L:3d} {batch[0]:3d}x{batch[1]:<5d} {form:22s} {tokens / took:9.0f} {100 * mfu:5.1f} "
+    row = (f"{stage.kind:8s} {student.spec.L:3d} {batch[0]:3d}x{batch[1]:<5d} {form:26s} {tokens / took:9.0f} {100 * mfu:5.1f} "
            f"{took * 1e3:8.1f} {update * 1e3:7.1f} {peak:6.1f} {100 * idle:5.1f} {cold:6.1f} {differs:9.1e}{lost}")
     print(row, flush=True)
     if form == "ours":
@@ -229,7 +258,7 @@ def measure(stage: Stage, form: str, student: Model, teacher: Model, batch: tupl
     ours = form.startswith("ours")
     with torch.no_grad():  # the published form, at these very weights
         wanted = float(upstream_loss(stage, student, teacher, samples, checkpointing=False))
-    with compiled_layers(student, teacher, wanted=ours), recurrence_of(options.fla and not ours):
+    with compiled_layers(student, teacher, wanted=ours), recurrence_of("fla" in form):
         return measure_form(stage, form, student, teacher, samples, wanted, rate, options)
 
 
@@ -262,8 +291,9 @@ def run_stage(kind: str, shape: ModelSpec, layers: int, rate: float,
         for form in options.forms.split(","):
             try:
                 row, *times = measure(stage, form, student, teacher, batch, rate, options)
-            except torch.OutOfMemoryError:
-                row, times = f"{kind:8s} {layers:3d} {text:9s} {form:22s} out of memory", []
+            except Exception as error:  # the other forms are worth having
+                why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error)[:200]
+                row, times = f"{kind:8s} {layers:3d} {text:9s} {form:26s} {why}", []
                 print(row, flush=True)
             student.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
@@ -277,10 +307,22 @@ ROWS: list[str] = []
 PLANS: list[str] = []
 
 
+def beside(kind: str, found: dict[tuple[str, str], tuple[float, float]], layers: int) -> None:
+    """How many times as fast as the fastest published form ours is."""
+    for text in dict.fromkeys(text for text, _ in found):
+        theirs = {form: times[0] for (batch, form), times in found.items() if batch == text and form.startswith("upstream")}
+        if theirs and (text, "ours") in found:
+            best = min(theirs, key=lambda form: theirs[form])
+            print(f"{kind} {layers} layers {text}: ours is {theirs[best] / found[text, 'ours'][0]:.2f} times as fast as {best}")
+
+
 def project(kind: str, shape: ModelSpec, by_layers: dict[int, dict[tuple[str, str], tuple[float, float]]],
             options: argparse.Namespace) -> None:
     """GPU-hours of the stage for the whole model, by a line through two numbers of layers; larger ones by their FLOPs."""
     counts = sorted(by_layers)
+    if len(counts) == 1 and counts[0] != shape.L:
+        print(f"{kind}: the whole model's hours follow from two numbers of layers")
+        return
     for key in by_layers[counts[-1]]:
         if any(key not in by_layers[n] for n in counts):
             continue
@@ -296,9 +338,22 @@ def project(kind: str, shape: ModelSpec, by_layers: dict[int, dict[tuple[str, st
             hours = TOKENS[kind] / (rows * length) * seconds / 3600
             own = flops_per_token(stage, shape, shape.as_student(options.arch))
             larger = {name: flops_per_token(stage, SHAPES[name], SHAPES[name].as_student(options.arch)) for name in LARGER}
+            if options.shape != "qwen2.5-7b":
+                larger = {}
             texts = [f"{name} {hours * f / own:.0f} (${hours * f / own * options.price:.0f})" for name, f in larger.items()]
             print(f"{kind} {key[0]} {key[1]}, {sharing}: {rows * length / seconds:.0f} tok/s, {hours:.1f} GPU-hours, "
-                  f"${hours * options.price:.0f}; by FLOPs {', '.join(texts)}")
+                  f"${hours * options.price:.0f}" + ("; by FLOPs " + ", ".join(texts) if texts else ""))
+
+
+def warm_up(shape: ModelSpec, options: argparse.Namespace) -> None:
+    """Run every form once on two layers and a small vocabulary, which compiles what the whole will need."""
+    once = argparse.Namespace(**{**vars(options), "repeats": 1, "profile": False})
+    for kind in options.stages.split(","):
+        run_stage(kind, replace(shape, vocab_size=1024), 2, 1.0, once)
+    ROWS.clear()
+    PLANS.clear()
+    torch.cuda.empty_cache()
+    print("warm", flush=True)
 
 
 def main() -> None:
@@ -313,22 +368,32 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--price", type=float, default=2.5, help="of one GPU-hour")
     parser.add_argument("--profile", action="store_true", help="also the GPU's idle share and the largest kernels")
-    parser.add_argument("--fla", action="store_true", help="flash-linear-attention's recurrence upstream (it tunes for minutes)")
+    parser.add_argument("--tune", type=int, help="configurations of a kernel that flash-linear-attention's tuners may try")
+    parser.add_argument("--warm-up", action="store_true", help="compile everything on two layers first")
+    parser.add_argument("--turn", type=Path, metavar="FILE", help="begin to time when this file is there")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/step.py needs a GPU")
     shape = TINY if options.shape == "tiny" else SHAPES[options.shape]
     shape = replace(shape, vocab_size=options.vocab or shape.V, mixers=())
+    if options.tune:
+        tune_few(options.tune)
+    if options.warm_up:
+        warm_up(shape, options)
+    while options.turn and not options.turn.exists():
+        time.sleep(0.02)
     rate = matmul_rate()
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, matmul {rate / 1e12:.0f} TFLOP/s, {options.shape}", flush=True)
     counts = [int(text) or shape.L for text in options.layers.split(",")]
     results = {kind: {n: run_stage(kind, shape, n, rate, options) for n in counts} for kind in options.stages.split(",")}
-    print(f"\n{'stage':8s} {'L':>3s} {'batch':9s} {'form':22s} {'tok/s':>9s} {'MFU %':>5s} {'ms':>8s} {'update':>7s} {'GiB':>6s} "
+    print(f"\n{'stage':8s} {'L':>3s} {'batch':9s} {'form':26s} {'tok/s':>9s} {'MFU %':>5s} {'ms':>8s} {'update':>7s} {'GiB':>6s} "
           f"{'idle%':>5s} {'first s':>6s} {'loss':>9s} {'lost':>8s}", *ROWS, sep="\n")
     print(f"\n{'stage':8s} {'L x D':11s} {'batch':9s} {'plan ms':>9s} {'ms':>9s} {'%':>6s}   {'plan GiB':>7s} {'GiB':>7s} "
           f"{'%':>6s}", *PLANS, sep="\n")
     for kind, by_layers in results.items():
+        for layers, found in by_layers.items():
+            beside(kind, found, layers)
         project(kind, shape, by_layers, options)
 
 
