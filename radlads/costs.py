@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product as combinations
+from math import ceil
 from typing import Any
 
 from radlads.mixers import MIXERS
@@ -46,15 +47,21 @@ def gpu_called(name: str, gpus: dict[str, Gpu] = GPUS) -> Gpu | None:
     return next((gpu for key, gpu in gpus.items() if key in words), None)
 
 
-# What the trainer takes on one H100 (docs/log.md has the runs): the share of the matmul rate that its matrix products reach;
-# bytes of memory traffic that the rest is worth, for each token: of the recurrence a channel, forward and backward, and how much
-# more where the forward is done again; of everything between for each byte kept for the backward pass; of the loss a logit.
-PRODUCTS = 0.88
-RECURRENCE_BYTES = {"rwkv6": 275.0, "rwkv7": 434.0}
+# What the trainer takes on one H100 (docs/log.md has the runs). Matrix products: the share of the matmul rate that large ones
+# reach, the part of the traffic of their inputs and outputs that comes on top, and seconds of each in which it fills and empties
+# the GPU, which is most of a small one.
+PRODUCT_RATE, PRODUCT_TRAFFIC, PRODUCT_SECONDS = 0.95, 0.4, 4e-6
+# Bytes of memory traffic that the rest is worth, for each token: of the recurrence a channel, forward and backward, with every
+# multiprocessor at work; of everything between for each byte that eager layers keep for the backward pass; of the loss a logit.
+RECURRENCE_BYTES = {"rwkv6": 107.0, "rwkv7": 128.0}
+BETWEEN, LOSS_TRAFFIC = 3.3, 16.0
+# The recurrence runs one program a sequence and head on so many multiprocessors; with few, chunks are worked on at once, and it
+# takes at most so many times as long a token.
+MULTIPROCESSORS, FEW_PROGRAMS = 132, 2.1
+# How much more recurrence and rest take where the forward is done again.
 AGAIN = 1.37
-BETWEEN, LOSS_TRAFFIC = 5.8, 16.0
-# Share of a step in which the GPU waits.
-IDLE = 0.01
+# Kernels of a layer and micro-batch, and seconds between two of them.
+KERNELS, KERNEL_SECONDS = {"align": 90, "distill": 165, "lm": 130}, 1e-6
 # Share of communication that computing hides, where there is enough of it.
 HIDDEN = 0.9
 # Seconds that Python takes for a layer of a micro-batch that is not replayed from a CUDA graph.
@@ -69,8 +76,9 @@ MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}
 # Bytes a token leaves for the backward pass in one layer: per unit of (D, C, F), for bf16; counted on the model in a test.
 MIXER_BYTES = {"softmax": (2, 16), "rwkv6": (24, 40), "rwkv7": (2, 55)}
 NORM_BYTES, FEED_FORWARD_BYTES = 12, 8
-# The same for compiled layers, which keep less: a share of the mixer's, and the other two. Measured on one H100.
-COMPILED_MIXER, COMPILED_NORM, COMPILED_FEED_FORWARD = 0.54, 4, 6
+# The same for compiled layers, which keep less: a share of the mixer's (at head sizes up to 64, and above), and the other two.
+# Measured on one H100.
+COMPILED_MIXER, COMPILED_NORM, COMPILED_FEED_FORWARD = (0.75, 0.48), 4, 6
 
 
 @dataclass(frozen=True)
@@ -188,15 +196,31 @@ def sizes(spec: ModelSpec) -> Sizes:
     return Sizes(mixers, kept, forward, root, max(units.values()))
 
 
+@dataclass(frozen=True)
+class Products:
+    """Matrix products: FLOPs of a token, bytes of its inputs and outputs in bfloat16, and how many there are."""
+
+    flops: float = 0.0
+    traffic: float = 0.0
+    count: float = 0.0
+
+    def __add__(self, other: "Products") -> "Products":
+        return Products(self.flops + other.flops, self.traffic + other.traffic, self.count + other.count)
+
+    def __mul__(self, times: float) -> "Products":
+        return Products(self.flops * times, self.traffic * times, self.count * times)
+
+
 @cache
-def matrix_flops(spec: ModelSpec, *, mixers: bool = True, rest: bool = True, head: bool = True, inner: bool = False) -> float:
-    """Forward FLOPs a token of the matrices of the recurrent mixers and of the `rest`; `inner` only those that do not read x.
+def products(spec: ModelSpec, *, mixers: bool = True, rest: bool = True, head: bool = True, inner: bool = False) -> Products:
+    """A forward pass through the matrices of the recurrent mixers and of the `rest`; `inner` only those that do not read x.
 
     An inner matrix (an output projection, the second of a low-rank pair) needs the gradient of its input even where x needs none.
     """
-    total = 0.0
+    total = Products()
     for name, row in spec.tensors().items():
-        if len([size for size in row.shape if size > 1]) < 2 or "embed_tokens" in name or not row.read or name.endswith("r_k"):
+        shape = [size for size in row.shape if size > 1]
+        if len(shape) < 2 or "embed_tokens" in name or not row.read or name.endswith("r_k"):
             continue
         in_mixer = ".self_attn." in name and MIXERS[spec.mixers[int(name.split(".")[2])]].recurrent
         if (in_mixer and not mixers) or (not in_mixer and not rest) or (name == "lm_head.weight" and not head):
@@ -204,10 +228,22 @@ def matrix_flops(spec: ModelSpec, *, mixers: bool = True, rest: bool = True, hea
         last = name.rpartition(".")[2]
         if inner and not (name.endswith(("o_proj.weight", "output.weight")) or last.endswith("2")):
             continue
-        total += 2 * product(row.shape)
+        total += Products(2 * product(row.shape), 2 * sum(shape), 1)
     if spec.tie_embeddings and rest and head:
-        total += 2 * spec.V * spec.D
+        total += Products(2 * spec.V * spec.D, 2 * (spec.V + spec.D), 1)
     return total
+
+
+def trained_products(stage: Stage, teacher: ModelSpec | None, student: ModelSpec) -> Products:
+    """The matrix products of training on one token."""
+    if stage.kind == "align":
+        assert teacher is not None
+        mixers = products(student, rest=False)
+        # x needs a gradient where trained token shifts mix it.
+        inner = mixers if student.mixer.token_shift else products(student, rest=False, inner=True)
+        return products(teacher, head=False) + mixers * 2 + inner
+    total = products(student) * (2 if stage.train == "decay" else 3)
+    return total + products(teacher) if stage.kind == "distill" and teacher is not None else total
 
 
 def scan_flops(spec: ModelSpec, seq_len: int) -> float:
@@ -226,19 +262,14 @@ def recurrent_scan_flops(spec: ModelSpec) -> float:
 def flops_per_token(stage: Stage, teacher: ModelSpec | None, student: ModelSpec) -> float:
     """Model FLOPs of training on one token."""
     scan = scan_flops(student, stage.seq_len)
+    total = trained_products(stage, teacher, student).flops
     if stage.kind == "align":
         assert teacher is not None
-        below = matrix_flops(teacher, head=False) + scan_flops(teacher, stage.seq_len)
-        mixers = matrix_flops(student, rest=False)
-        # x needs a gradient where trained token shifts mix it.
-        inner = mixers if student.mixer.token_shift else matrix_flops(student, rest=False, inner=True)
-        return below + 2 * mixers + inner + 3 * recurrent_scan_flops(student)
-    passes = 2 if stage.train == "decay" else 3
-    total = passes * (matrix_flops(student) + scan)
+        return total + scan_flops(teacher, stage.seq_len) + 3 * recurrent_scan_flops(student)
     if stage.kind == "distill":
         assert teacher is not None
-        total += matrix_flops(teacher) + scan_flops(teacher, stage.seq_len)
-    return total
+        total += scan_flops(teacher, stage.seq_len)
+    return total + (2 if stage.train == "decay" else 3) * scan
 
 
 def trained(stage: Stage, student: ModelSpec, parts: Sizes) -> int:
@@ -258,7 +289,7 @@ def activation_bytes(
     """Bytes a token leaves for the backward pass in all layers; `width` is the bytes of an activation."""
     total = 0.0
     share, norm, forward = (
-        (COMPILED_MIXER, COMPILED_NORM, COMPILED_FEED_FORWARD) if compiled else (1.0, NORM_BYTES, FEED_FORWARD_BYTES)
+        (COMPILED_MIXER[spec.N > 64], COMPILED_NORM, COMPILED_FEED_FORWARD) if compiled else (1.0, NORM_BYTES, FEED_FORWARD_BYTES)
     )
     for name in spec.mixers:
         if mixers_only and not MIXERS[name].recurrent:
@@ -367,16 +398,19 @@ def time_stage(
     width = 2 if precision == "bfloat16" else 4
     align, parts = stage.kind == "align", sizes(student)
     recompute = how.recompute == "always" and not align
-    again = matrix_flops(student, head=False) if recompute else 0.0
+    again = products(student, head=False) if recompute else Products()
     tokens = stage.tokens_per_step / gpus
-    rate = gpu.flops * (efficiency or PRODUCTS) * (1 if width == 2 else 0.5)
-    compute = tokens * (per_token + again) / rate
+    rate = gpu.flops * (1 if width == 2 else 0.5)
     replicated = gpus == 1 or how.layout == "replicated"
     sequence = how.sharing(stage.kind) if gpus > 1 else 1
     passes = max(1, stage.batch_size * sequence // gpus // micro)
-    if efficiency is None:
-        compute += tokens * traffic_bytes(stage, student, recompute, width) / gpu.bandwidth
-        compute /= 1 - IDLE
+    if efficiency is not None:
+        compute = tokens * (per_token + again.flops) / (rate * efficiency)
+    else:
+        work = trained_products(stage, teacher, student) + again
+        traffic = PRODUCT_TRAFFIC * work.traffic * width / 2 + traffic_bytes(stage, student, recompute, width, micro)
+        compute = tokens * (work.flops / (rate * PRODUCT_RATE) + traffic / gpu.bandwidth)
+        compute += passes * (work.count * PRODUCT_SECONDS + student.L * KERNELS[stage.kind] * KERNEL_SECONDS)
         alone = replicated and sequence == 1 and (how.teacher == "whole" or stage.kind == "lm")
         if not (alone and how.cuda_graphs == "auto" and stage.packing == "stream" and not recompute):
             compute = max(compute, passes * student.L * HOST_SECONDS)
@@ -406,11 +440,14 @@ def time_stage(
     )  # fmt: skip
 
 
-def traffic_bytes(stage: Stage, student: ModelSpec, recompute: bool, width: int) -> float:
-    """Bytes of memory traffic a token that all but the matrix products is worth."""
+def traffic_bytes(stage: Stage, student: ModelSpec, recompute: bool, width: int, micro: int) -> float:
+    """Bytes of memory traffic a token that all but the matrix products is worth, with `micro` sequences at a time."""
     align, more = stage.kind == "align", AGAIN if recompute else 1.0
     scans = sum(RECURRENCE_BYTES.get(name, RECURRENCE_BYTES["rwkv7"]) for name in student.mixers if MIXERS[name].recurrent)
-    between = BETWEEN * activation_bytes(student, mixers_only=align, compiled=True)
+    # Multiprocessors stand idle while the last programs end.
+    programs = micro * student.H / MULTIPROCESSORS
+    scans *= min(ceil(programs) / programs, FEW_PROGRAMS)
+    between = BETWEEN * activation_bytes(student, mixers_only=align)
     return (more * (scans * student.C + between) + (0 if align else LOSS_TRAFFIC * student.V)) * width / 2
 
 
