@@ -101,12 +101,14 @@ def train(options: TrainOptions) -> TrainResult:
     world = join_world()
     try:
         result = train_together(options, recipe, inputs, world)
+        world.leave()
+    except RuntimeError as error:
+        world.lost(error)
     except RadladsError as error:
         # What concerns one process only, it says itself.
         if world.first or error.code in ("R403", "R406"):
             raise
         raise SystemExit(error.exit_status) from None
-    world.leave()
     if not world.first:
         raise SystemExit(result.exit_status)
     return result

@@ -97,17 +97,30 @@ class World:
 
     def connect(self) -> "World":
         """Join the other processes at MASTER_ADDR and MASTER_PORT. R406 where one of them does not come."""
-        import torch.distributed as dist
+        self.meet()
+        try:
+            self.make_groups()
+        except RuntimeError as error:
+            self.lost(error)
+        return self
+
+    def meet(self) -> None:
+        """Wait for all processes; from then on one that is gone is noticed, whatever the others wait for."""
+        from torch.distributed.rendezvous import rendezvous
 
         try:
-            self._meeting, *_ = next(iter(dist.rendezvous("env://", timeout=JOIN)))
-            # From here on one that is gone is noticed, whatever the others wait for.
+            self._meeting, *_ = next(iter(rendezvous("env://", timeout=JOIN)))
             self.look_out()
         except RuntimeError as error:
             why = f"not all of them came within {JOIN.total_seconds():.0f} s ({str(error).partition('. ')[0][:160]})"
             fix = "See why the others ended, and run the same command again"
             raise fail("R406", where=f"rank {self.rank} of {self.size}", why=why, fix=fix) from error
         self._meeting.set_timeout(PATIENCE)
+
+    def make_groups(self) -> None:
+        """The groups over which processes train, agree and save."""
+        import torch.distributed as dist
+
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -118,7 +131,6 @@ class World:
         self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         # A thread talks over it while training goes on: on one group the two would mix.
         self._saving = dist.new_group(backend="gloo", timeout=PATIENCE)
-        return self
 
     def look_out(self, gone: float = GONE) -> None:
         """Watch the other processes from a thread: a collective on GPUs waits for ever for one that was killed."""
