@@ -5,15 +5,19 @@ as `Mixer.scan_flops` counts it; nothing that is computed twice counts twice, bu
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product as combinations
 from math import ceil
 from typing import Any
 
+from pydantic import ValidationError
+
 from radlads.mixers import MIXERS
 from radlads.recipe import Parallel, Recipe, Stage
 from radlads.spec import ModelSpec
+from radlads.trained import trained_names
 
 GIB = 2**30
 
@@ -272,15 +276,11 @@ def flops_per_token(stage: Stage, teacher: ModelSpec | None, student: ModelSpec)
     return total + (2 if stage.train == "decay" else 3) * scan
 
 
-def trained(stage: Stage, student: ModelSpec, parts: Sizes) -> int:
-    """Parameters that a stage trains."""
-    if stage.train == "all":
-        return parts.total
-    if stage.train == "mixer":
-        return parts.mixers
-    names = ("time_decay", "time_maa_w", "time_maa_x", ".w0", ".w1", ".w2")
-    rows = student.tensors().items()
-    return sum(product(row.shape) for name, row in rows if ".self_attn." in name and any(part in name for part in names))
+@cache
+def trained(spec: ModelSpec, train: str) -> int:
+    """Parameters of a model that a stage with this `train` trains."""
+    rows = spec.tensors()
+    return sum(product(rows[name].shape) for name in trained_names(spec, train))
 
 
 def activation_bytes(
@@ -311,7 +311,7 @@ def memory_of(
     """Memory of one GPU with a resolved `how` (nothing "auto") and `micro` sequences a forward pass."""
     width = 2 if precision == "bfloat16" else 4
     parts = sizes(student)
-    learned, align = trained(stage, student, parts), stage.kind == "align"
+    learned, align = trained(student, stage.train), stage.kind == "align"
     sequence, shards = how.sharing(stage.kind), max(1, gpus // how.copies)
     tokens = micro * stage.seq_len / sequence
     accumulating = stage.batch_size * sequence // gpus > micro
@@ -324,7 +324,7 @@ def memory_of(
         gradients = float(learned * width)
     else:
         held = (parts.mixers if align else parts.total) * width if how.layout == "optimizer" else (root + 2 * unit) * width
-        optimizer = (4 + moments) * (parts.mixers if align else parts.total) / shards
+        optimizer = (4 * (parts.mixers if align else parts.total) + moments * learned) / shards
         # Units are reduced in float32 as they come; what is being reduced is whole for a moment.
         passing = float((4 + width) * (max(root, 2 * unit) if not align else 2 * unit))
         if how.layout == "optimizer" and accumulating:
@@ -375,6 +375,8 @@ def layouts_of(how: Parallel, gpus: int) -> tuple[str, ...]:
     """The layouts to choose from on so many GPUs."""
     if gpus == 1:
         return ("optimizer",)
+    if how.masters == "none":
+        return ("replicated",)
     whole = how.copies == 1 and not how.vocab_heads
     return ("replicated", "optimizer", "full") if whole else ("optimizer", "full")
 
@@ -414,7 +416,7 @@ def time_stage(
         alone = replicated and sequence == 1 and (how.teacher == "whole" or stage.kind == "lm")
         if not (alone and how.cuda_graphs == "auto" and stage.packing == "stream" and not recompute):
             compute = max(compute, passes * student.L * HOST_SECONDS)
-    learned = trained(stage, student, parts)
+    learned = trained(student, stage.train)
     whole = parts.mixers if align else parts.total
     shards = 1 if replicated else max(1, gpus // how.copies)
     optimizer = learned / shards * (14 + 2 * MOMENT_BYTES[how.moments]) / gpu.bandwidth
@@ -479,7 +481,8 @@ def ways_of(
     """How each kind of stage is spread with every "auto" resolved, the teacher alike in all; the simplest way on no known GPU."""
     how = recipe.parallel
     if gpu is None:
-        plain = {"layout": "optimizer", "teacher": "whole", "recompute": "never"}
+        simplest = "replicated" if how.masters == "none" else "optimizer"
+        plain = {"layout": simplest, "teacher": "whole", "recompute": "never"}
         chosen = {key: value for key, value in plain.items() if getattr(how, key) == "auto"}
         return {stage.kind: how.model_copy(update=chosen) for stage in recipe.stages}
     held = [stage.teacher for stage in plan_run(recipe, teacher, student, gpus, gpu).stages if stage.name != "lm"]
@@ -514,7 +517,9 @@ def savings(recipe: Recipe, gpus: int, student: ModelSpec) -> Iterator[Recipe]:
     heads = (False, True) if gpus > 1 and not student.tie_embeddings else (recipe.parallel.vocab_heads,)
     teachers = dict.fromkeys((recipe.parallel.teacher, "offloaded"))
     for split, moments, held in combinations(heads, MOMENT_BYTES, teachers):
-        yield spread_so(recipe, vocab_heads=split, moments=moments, teacher=held)
+        tried = {**recipe.parallel.model_dump(), "vocab_heads": split, "moments": moments, "teacher": held}
+        with suppress(ValidationError):  # settings that do not go together
+            yield recipe.model_copy(update={"parallel": Parallel(**tried)})
 
 
 def smaller(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu) -> Recipe:
@@ -528,11 +533,6 @@ def smaller(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus:
         good = (one for one, plan in zip(tried, plans, strict=True) if plan.fits and plan.seconds <= 1.02 * fastest)
         stages.append(next(good, stage))
     return recipe.model_copy(update={"stages": tuple(stages)})
-
-
-def spread_so(recipe: Recipe, **values: object) -> Recipe:
-    """The recipe with other values of its `parallel` table."""
-    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=values)})
 
 
 def flags(recipe: Recipe, changed: Recipe) -> str:

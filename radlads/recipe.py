@@ -181,7 +181,8 @@ class Parallel(Part):
     `copies`: what is sharded is so within each of this many groups of neighbours (2 on two hosts keeps gathers inside a host).
     `vocab_heads` splits the output matrices by vocabulary. `sequence` is how many processes share one sequence, by kind of
     stage. `recompute` trades time for memory of activations. `moments` is what AdamW's moments are kept in. `masters`
-    "none": bfloat16 weights have no float32 masters and are rounded up or down by chance (one process, float32 moments).
+    "none": bfloat16 weights have no float32 masters and are rounded up or down by chance, in all processes alike (whole weights
+    in each, float32 moments).
     `compile` "auto" compiles the layers on a GPU, in parts where they are sharded or recomputed. `cuda_graphs` "auto" records
     micro-batches as graphs on a GPU that has student and teacher whole, where nothing is recomputed. After `hang_timeout` seconds
     without a step a run saves its stacks and ends (0: never). "auto" takes what fits the GPUs.
@@ -203,6 +204,8 @@ class Parallel(Part):
     def _masters_fit(self) -> "Parallel":
         if self.masters == "none" and self.moments != "float32":
             raise ValueError(f"masters none goes with float32 moments, not with {self.moments}")
+        if self.masters == "none" and (self.layout in ("optimizer", "full") or self.copies > 1 or self.vocab_heads):
+            raise ValueError("masters none needs all weights on each process (layout replicated): shards are float32")
         if (self.copies > 1 or self.layout == "replicated") and self.vocab_heads:
             raise ValueError("vocab_heads splits the heads over all processes, so there can be no copies")
         if self.copies > 1 and self.layout == "replicated":

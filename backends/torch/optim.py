@@ -11,31 +11,17 @@ from radlads.backends.torch.model import Model
 from radlads.backends.torch.moments import Packed, new_moments, read, write
 from radlads.recipe import Stage
 from radlads.schedule import learning_rate
+from radlads.trained import trained_names
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Step 3a trains the decay and what leads to it; everything else stays.
-DECAY_NAMES = ("time_decay", "time_maa_w", "time_maa_x", ".w0", ".w1", ".w2")
 
 
 def trainable(model: Model, train: str) -> dict[str, nn.Parameter]:
-    """The parameters that `train` ("mixer", "all", "layers" or "decay") names; the others stop requiring gradients.
-
-    A tensor that no forward pass reads is never trained.
-    """
-    rows = model.spec.tensors()
-    chosen = {}
+    """The parameters that a stage's `train` names (see `trained_names`); the others stop requiring gradients."""
+    wanted = trained_names(model.spec, train)
     for name, parameter in model.named_parameters():
-        recurrent = name.startswith("model.layers.") and model.spec.mixers[int(name.split(".")[2])] != "softmax"
-        wanted = {
-            "all": True,
-            "layers": name.startswith("model.layers."),
-            "mixer": ".self_attn." in name and recurrent,
-            "decay": ".self_attn." in name and recurrent and any(part in name for part in DECAY_NAMES),
-        }[train]
-        parameter.requires_grad_(wanted and rows[name].read)
-        if parameter.requires_grad:
-            chosen[name] = parameter
-    return chosen
+        parameter.requires_grad_(name in wanted)
+    return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
 
 
 class Update(NamedTuple):

@@ -50,9 +50,6 @@ class StageRun:
 
     def __init__(self, stage: Stage, task: Task, corpus: Corpus, run: Run, world: World) -> None:
         how = run.recipe.parallel
-        if how.masters == "none" and world.size > 1:
-            fix = "Leave it out: masters are spread over the processes"
-            raise fail("R102", where="parallel.masters", why=f"{world.size} processes keep float32 weights anyway", fix=fix)
         world.keep_copies(copies_of(how, world))
         self.stage, self.task, self.run, self.world = stage, task, run, world
         self.sequence = how.sharing(stage.kind) if world.size > 1 else 1

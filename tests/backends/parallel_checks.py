@@ -56,10 +56,11 @@ SPREAD: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def recipe(training: str, how: dict[str, Any]) -> Recipe:
+def recipe(training: str, how: dict[str, Any], precision: str) -> Recipe:
     """The recipe of one training, spread as `how` says."""
     stage = {"tokens": STEPS * 8 * 32, "seq_len": 32, "batch_size": 8, "warmup_steps": 1, **TRAININGS[training][1]}
-    return Recipe(name="test", teacher="t", data={"train": ["a"], "valid": ["a"]}, stages=[stage], parallel=how)
+    return Recipe(name="test", teacher="t", data={"train": ["a"], "valid": ["a"]}, stages=[stage], parallel=how,
+                  precision=precision)  # fmt: skip
 
 
 @contextmanager
@@ -76,12 +77,15 @@ def compiled_on_cpu(*models: torch.nn.Module, by_part: bool, **_: Any) -> Iterat
     assert 0 < len(graphs) <= 9, f"{len(graphs)} graphs"
 
 
-def train(folder: Path, training: str, how: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Gradients of the first step, then losses and gradient norms of `STEPS` steps and the weights after them."""
+def train(folder: Path, training: str, how: dict[str, Any], out: Path, precision: str = "float32") -> dict[str, Any]:
+    """Gradients of the first step, then losses and gradient norms of `STEPS` steps and the weights after them.
+
+    The other processes return their weights alone.
+    """
     world = join_world("cpu")
-    wanted = recipe(training, how)
+    wanted = recipe(training, how, precision)
     stage, corpus = wanted.stages[0], Corpus.of(TokenStore(folder / "store"))
-    teacher = None if stage.kind == "lm" else load_frozen(open_folder(folder / "teacher"), wanted.parallel, world, "float32")
+    teacher = None if stage.kind == "lm" else load_frozen(open_folder(folder / "teacher"), wanted.parallel, world, precision)
     gradients: dict[str, torch.Tensor] = {}
     update = StageRun.update
 
@@ -96,12 +100,12 @@ def train(folder: Path, training: str, how: dict[str, Any], out: Path) -> dict[s
     if "compile" in how:  # as on a GPU, but by a compiler that takes no time
         trainer.compiled_layers = compiled_on_cpu  # type: ignore[assignment]
     with open_run(out, wanted, "auto", world) as run:
-        task = build_task(stage, open_folder(folder / TRAININGS[training][0]), teacher, wanted.parallel, world, "float32")
+        task = build_task(stage, open_folder(folder / TRAININGS[training][0]), teacher, wanted.parallel, world, precision)
         run_stage(stage, task, corpus, run, lambda progress: None, world=world)
         weights = {name: torch.from_numpy(raw.copy()) for name, _, raw in stored_tensors(task.student, "F32")}
         records = run.metrics()
     world.leave()
-    return {"records": records, "weights": weights, "gradients": gradients} if world.first else {}
+    return {"records": records, "weights": weights, "gradients": gradients} if world.first else {"weights": weights}
 
 
 def checks(folder: Path) -> dict[str, Any]:
@@ -120,4 +124,7 @@ def checks(folder: Path) -> dict[str, Any]:
         except RuntimeError as error:
             found[name] = error
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+    for size in (1, 2):
+        how, out = {"layout": "replicated", "masters": "none"}, folder / f"run-rounded-{size}"
+        found[f"rounded, {size}"] = together(size, train, folder, "distill", how, out, "bfloat16", results=folder / "result")
     return found

@@ -46,6 +46,19 @@ def test_spread_training_equals_one_process(found: dict[str, Any], name: str) ->
         assert (spread["weights"][tensor] - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-3), tensor
 
 
+def test_weights_without_masters_are_rounded_alike_in_all_processes(found: dict[str, Any]) -> None:
+    (alone,), (first, second) = found["rounded, 1"], found["rounded, 2"]
+    for tensor, wanted in first["weights"].items():
+        assert torch.equal(second["weights"][tensor], wanted), tensor
+        assert torch.equal(wanted.bfloat16().float(), wanted), tensor
+        # One update of 1e-4 each at most, and the spacing of bfloat16.
+        gap = (alone["weights"][tensor] - wanted).abs()
+        assert (gap <= STEPS * 2e-4 + 2**-7 * wanted.abs()).all(), tensor
+    for one, many in zip(alone["records"], first["records"], strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import prod
 
 import pytest
 
@@ -82,7 +83,8 @@ def test_memory_of_7b_on_8_gpus_is_the_written_sum() -> None:
     student = teacher.as_student("rwkv7")
     memory = planned("qwen2.5-7b", layout="optimizer", teacher="whole", recompute="never").stages[1].memory
     assert memory.student == 2 * student.parameters() and memory.teacher == 2 * teacher.parameters()
-    assert memory.optimizer == 12 * student.parameters() / 8
+    read = sum(prod(row.shape) for row in student.tensors().values() if row.read)
+    assert memory.optimizer == (4 * student.parameters() + 8 * read) / 8
 
 
 def test_small_moments_full_sharding_and_recomputing_save_what_they_should() -> None:
@@ -133,6 +135,35 @@ def test_fit_takes_the_largest_micro_batch_that_is_as_fast() -> None:
     assert micro < 12 and f"stages.1.micro_batch={micro}" in flags and found.fits
     larger = plan_run(recipe(2 * micro, **own), teacher, student, 2, gpu).stages[1]
     assert not larger.fits or larger.seconds > 1.02 * found.stages[1].seconds
+
+
+def test_weights_without_masters_are_whole_on_each_gpu() -> None:
+    teacher = SHAPES["qwen2.5-7b"]
+    student = teacher.as_student("rwkv7")
+    how = {"masters": "none", "recompute": "never", "teacher": "whole"}
+    memory = planned("qwen2.5-7b", **how).stages[1].memory
+    read = sum(prod(row.shape) for row in student.tensors().values() if row.read)
+    assert memory.student == 2 * student.parameters() and memory.optimizer == 8 * read
+    assert ways_of(recipe(**how), teacher, student, 2, None)["distill"].layout == "replicated"
+    # What is told to change may be typed: small moments do not go with weights without masters.
+    for flags, _ in fit(recipe(masters="none"), teacher, student, 2, GPUS["h100"]):
+        assert "moments" not in flags and "vocab_heads" not in flags
+    with pytest.raises(ValueError, match="layout replicated"):
+        recipe(masters="none", layout="full")
+
+
+def test_what_a_stage_does_not_train_has_no_moments() -> None:
+    """`train: layers` leaves embedding, head and last norm; they are masters all the same where FSDP shards them."""
+    teacher = SHAPES["qwen2.5-7b"]
+    student = teacher.as_student("rwkv7")
+    stage = recipe().stages[1]
+    left = 2 * student.V * student.D + student.D
+    for gpus, layout, each in ((1, "replicated", 12), (8, "optimizer", 1)):
+        every, layers = (
+            plan_stage(one, teacher, student, Parallel(layout=layout), gpus, GPUS["h200"], "bfloat16").memory.optimizer
+            for one in (stage, stage.model_copy(update={"train": "layers"}))
+        )
+        assert every - layers == pytest.approx(each * left)
 
 
 def test_names_of_drivers_and_teachers() -> None:
