@@ -32,7 +32,9 @@ class CardResult:
         """The card itself, or where it was written."""
         if not self.card:
             return [self.text.rstrip("\n")]
-        unknown = " The licence is not known: give --license." if self.license == "unknown" else ""
+        from radlads.provenance import UNKNOWN
+
+        unknown = " The licence is not known: give --license." if self.license == UNKNOWN else ""
         return [f"{self.card} is written.{unknown}"]
 
 

@@ -10,6 +10,7 @@ from radlads.cli.render import Table, note, size
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
+
 @dataclass(kw_only=True)
 class PushOptions:
     """What to upload, and where to."""
@@ -40,7 +41,7 @@ class PushResult:
 
 
 def push(options: PushOptions) -> PushResult:
-    """Upload the files of the manifest, the card and the verdict; R501 for a folder that is not verified, R104, R101."""
+    """Upload the files of the manifest, the card and the verdict; R501 for one without a verdict or licence, R104, R101."""
     from radlads.errors import fail
 
     if not REPOSITORY.fullmatch(options.repo):
@@ -75,11 +76,11 @@ def push(options: PushOptions) -> PushResult:
 
 
 def sendable(path: Path) -> dict[str, int]:
-    """Files to upload with their sizes; R501 unless the folder is as it was when it was verified, and has a card."""
+    """Files to upload with their sizes; R501 unless the folder is as it was when verified, and its card names a licence."""
     from radlads.cli.card import read_verdict
     from radlads.errors import fail
     from radlads.folder import MANIFEST, VERDICT, open_folder
-    from radlads.provenance import CARD
+    from radlads.provenance import CARD, UNKNOWN, card_head
     from radlads.verify import check_files
 
     folder = open_folder(path)
@@ -96,5 +97,8 @@ def sendable(path: Path) -> dict[str, int]:
         raise fail("R501", where=path, why=found.detail, fix=again)
     if not (path / CARD).is_file():
         raise fail("R501", where=path, why="it has no model card", fix=f"Run `radlads card {path}`")
+    if card_head(path / CARD).get("license") in (None, "", UNKNOWN):
+        fix = f"Run `radlads card {path} --license NAME`; the teacher's licence says which are possible"
+        raise fail("R501", where=path / CARD, why="the licence is not known", fix=fix)
     names = sorted({*folder.manifest["files"], MANIFEST, VERDICT, CARD})
     return {name: (path / name).stat().st_size for name in names}

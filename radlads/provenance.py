@@ -17,6 +17,8 @@ from radlads.folder import CONFIG, ModelFolder, inherited
 
 CARD = "README.md"
 CARD_LIMIT = 2**20
+# What a card says where no licence is known.
+UNKNOWN = "unknown"
 REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LICENSE_KEYS = ("license", "license_name", "license_link")

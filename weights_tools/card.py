@@ -10,7 +10,7 @@ from radlads.errors import RadladsError, printable
 from radlads.families.published import is_published
 from radlads.files import read_json
 from radlads.folder import ModelFolder
-from radlads.provenance import carried_license
+from radlads.provenance import UNKNOWN, carried_license
 from radlads.runs import RECORD
 
 KINDS = {"init": "transfer of weights", "align": "attention alignment", "distill": "distillation", "lm": "language modelling"}
@@ -49,7 +49,7 @@ def head(folder: ModelFolder, teacher: Mapping[str, Any], terms: Mapping[str, st
     """The YAML between dashes that the Hub reads."""
     library = "mlx" if folder.quantised else "transformers"
     known: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    known |= {"license": "unknown", **terms}
+    known |= {"license": UNKNOWN, **terms}
     if converted := converted_from(folder.manifest or {}):
         known["base_model"] = converted
     elif isinstance(teacher.get("repository"), str):

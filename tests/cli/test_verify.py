@@ -323,7 +323,9 @@ def test_push_sends_a_verified_folder_and_nothing_else(radlads, student, hub):
     assert set(upload["allow_patterns"]) == {*listed, "radlads.json", "verify.json", "README.md"}
 
 
-@pytest.mark.parametrize("fault", ["never verified", "failed", "changed", "manifest changed", "file added", "no card"])
+@pytest.mark.parametrize(
+    "fault", ["never verified", "failed", "changed", "manifest changed", "file added", "no card", "no licence"]
+)
 def test_push_refuses_what_is_not_verified(fault, radlads, student, hub):
     if fault != "never verified":
         verified(student)
@@ -336,10 +338,13 @@ def test_push_refuses_what_is_not_verified(fault, radlads, student, hub):
         flip("model.safetensors", -1)(student)
     elif fault == "manifest changed":
         manifest(student, seed=1)
+    elif fault == "no licence":
+        radlads("card", student, "--license", "unknown")
     elif fault == "file added":
         (student / "notes.txt").write_text("x")
     outcome = radlads("push", student, "me/model")
     assert outcome.status == 3 and outcome.err.startswith("error: R501") and outcome.err.count("\n") == 1 and hub.calls == []
+    assert ("licence is not known" in outcome.err) == (fault == "no licence")
 
 
 def test_push_says_what_the_hub_says(radlads, student, hub, monkeypatch):
