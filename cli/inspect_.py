@@ -13,6 +13,7 @@ from radlads.cli.render import Table, progress, size
 
 if TYPE_CHECKING:
     from radlads.cli.inspect_adapter import AdapterResult
+    from radlads.cli.inspect_bare import BareResult
     from radlads.weights_tools.diff import Difference
     from radlads.weights_tools.formats.format import Source
 
@@ -73,9 +74,8 @@ class InspectResult:
         """The overview, the layers, the history and, if asked for, the tensors."""
         dims = self.dimensions
         student = self.architecture != "softmax"
-        kind = f"student, {self.architecture}{_stage_name(self.stage)}" if student else "softmax attention"
+        kind = f"student, {self.architecture}{stage_text(self.stage)}" if student else "softmax attention"
         flags = _flags(self.architecture, self.mixer_options, any(mixer == "softmax" for mixer in self.mixers))
-        ranks = ", ".join(f"{name.replace('_', ' ')} {width}" for name, width in dims["ranks"].items() if width)
         rows = [
             ("model", self.path),
             ("format", f"{self.format}: {self.layout}"),
@@ -83,10 +83,10 @@ class InspectResult:
             ("parameters", f"{self.parameters:,} ({self.dtype}, {size(self.weight_bytes)})"),
             ("width", f"{dims['hidden_size']}, feed-forward {dims['intermediate_size']}, vocabulary {dims['vocab_size']:,}"),
             ("heads", f"{dims['num_heads']} of size {dims['head_dim']}, {dims['num_kv_heads']} for keys and values"),
-            *((f"layers {first_last}", mixer) for first_last, mixer in _runs(self.mixers)),
+            *layer_rows(self.mixers),
         ]
         if student:
-            rows += [("mixer", flags), ("ranks", ranks)]
+            rows += [("mixer", flags), ("ranks", rank_text(dims["ranks"]))]
             rows.append(("state", f"{size(self.state_bytes)} for each sequence, at any length"))
         if self.cache_bytes_per_token:
             rows.append(("softmax cache", f"{size(self.cache_bytes_per_token)} for each token"))
@@ -99,16 +99,13 @@ class InspectResult:
             blocks.append(Table(("inferred",), [(notice,) for notice in self.notices]))
         if self.history:
             blocks.append(Table(("history",), [(_event(event),) for event in self.history]))
-        blocks.append(Table(("file", "size"), [(name, size(count)) for name, count in self.files.items()], right=("size",)))
-        if self.tensors:
-            rows_of = [(row.name, row.dtype, " x ".join(map(str, row.shape)), row.file) for row in self.tensors]
-            blocks.append(Table(("tensor", "dtype", "shape", "file"), rows_of))
-        return blocks
+        return [*blocks, *listings(self.files, self.tensors)]
 
 
-def inspect_model(options: InspectOptions) -> "InspectResult | AdapterResult":
+def inspect_model(options: InspectOptions) -> "InspectResult | AdapterResult | BareResult":
     """Read config, manifest and weight headers; R201 to R205 when they do not hold together."""
     from radlads.adapters import is_adapter
+    from radlads.cli.inspect_bare import inspect_bare, is_bare
     from radlads.weights_tools.diff import compare
     from radlads.weights_tools.formats import open_source
     from radlads.weights_tools.formats.format import Reading
@@ -117,6 +114,8 @@ def inspect_model(options: InspectOptions) -> "InspectResult | AdapterResult":
         from radlads.cli.inspect_adapter import inspect_adapter
 
         return inspect_adapter(options)
+    if is_bare(options):
+        return inspect_bare(options)
     stage = None if options.stage is None else int(options.stage)
     source = open_source(options.model, Reading(options.config, options.variant, stage))
     difference = None
@@ -208,14 +207,28 @@ def file_sizes(place: Path) -> dict[str, int]:
     return {printable(path.name): path.stat().st_size for path in found if path.is_file()}
 
 
-def _runs(mixers: list[str]) -> list[tuple[str, str]]:
-    """Neighbouring layers of one mixer as ("0-3", "rwkv7")."""
-    runs, first = [], 0
+def listings(files: dict[str, int], tensors: list[TensorRow]) -> list[Table]:
+    """The files with their sizes, and the tensors where there are any to show."""
+    found = [Table(("file", "size"), [(name, size(count)) for name, count in files.items()], right=("size",))]
+    if tensors:
+        rows = [(row.name, row.dtype, " x ".join(map(str, row.shape)), row.file) for row in tensors]
+        found.append(Table(("tensor", "dtype", "shape", "file"), rows))
+    return found
+
+
+def layer_rows(mixers: list[str]) -> list[tuple[str, str]]:
+    """Neighbouring layers of one mixer as ("layers 0-3", "rwkv7")."""
+    rows, first = [], 0
     for mixer, group in groupby(mixers):
         last = first + len(list(group)) - 1
-        runs.append((str(first) if first == last else f"{first}-{last}", mixer))
+        rows.append((f"layers {first}" if first == last else f"layers {first}-{last}", mixer))
         first = last + 1
-    return runs
+    return rows
+
+
+def rank_text(ranks: Mapping[str, int]) -> str:
+    """The widths of the low-rank pairs that there are."""
+    return ", ".join(f"{name.replace('_', ' ')} {width}" for name, width in ranks.items() if width)
 
 
 def _flags(architecture: str, options: dict[str, Any], hybrid: bool) -> str:
@@ -237,7 +250,7 @@ def _flags(architecture: str, options: dict[str, Any], hybrid: bool) -> str:
     return ", ".join([*told, f"softmax layers with{'' if options['kept_rope'] else 'out'} RoPE"] if hybrid else told)
 
 
-def _stage_name(stage: int | None) -> str:
+def stage_text(stage: int | None) -> str:
     if stage is None:
         return ""
     return ", " + ("stage 0 (untrained)", "stage 1 (aligned)", "stage 2 (distilled)", "stage 3 (long context)")[stage]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from radlads.cli.inspect_ import InspectOptions, TensorRow, file_sizes
+from radlads.cli.inspect_ import InspectOptions, TensorRow, file_sizes, listings
 from radlads.cli.render import Table, size
 
 
@@ -42,12 +42,7 @@ class AdapterResult:
             *_by_layers(self.modules),
             ("model", f"{self.model or 'not named'}{fit}"),
         ]
-        blocks: list[Table | str] = [Table(("", ""), rows), *self.notices]
-        blocks.append(Table(("file", "size"), [(name, size(count)) for name, count in self.files.items()], right=("size",)))
-        if self.tensors:
-            lines = [(row.name, row.dtype, " x ".join(map(str, row.shape)), row.file) for row in self.tensors]
-            blocks.append(Table(("tensor", "dtype", "shape", "file"), lines))
-        return blocks
+        return [Table(("", ""), rows), *self.notices, *listings(self.files, self.tensors)]
 
 
 def inspect_adapter(options: InspectOptions) -> AdapterResult:

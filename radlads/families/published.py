@@ -20,6 +20,7 @@ PUBLISHED = {"rwkv6qwen2": "qwen2", "rwkv7qwen2": "qwen2", "rwkv7qwen3": "qwen3"
 MOE_TYPES = ("qwen3_moe", "rwkv079qwen3moe", "rwkv07bmoe", "qwen2_moe")
 MARKS = (".self_attn.w0", ".self_attn.time_decay")  # every recurrent layer has one of them
 SCALARS = ("layer_architecture", "head_size_record")  # what the hxa training code registers besides weights
+NO_WEIGHTS = (*SCALARS, ".inv_freq")  # how the names of stored tensors end that no model of ours has
 OVERRIDES = "radlads_options"  # a table of MixerOptions in the config, which overrides whatever was inferred
 
 Shape = tuple[int, ...]
@@ -113,7 +114,7 @@ def attention_tensors(shapes: Shapes) -> list[dict[str, Shape]]:
         parts = name.split(".", 3)
         if name.startswith("model.layers.") and len(parts) == 4 and parts[2].isdecimal() and len(parts[2]) < 5:
             layer = found.setdefault(int(parts[2]), {})
-            if parts[3].startswith("self_attn.") and not parts[3].endswith((*SCALARS, ".inv_freq")):
+            if parts[3].startswith("self_attn.") and not parts[3].endswith(NO_WEIGHTS):
                 layer[parts[3].removeprefix("self_attn.")] = tuple(shape)
     gaps = [index for index in range(max(found, default=-1) + 1) if not found.get(index)]
     if not found or gaps:

@@ -74,6 +74,27 @@ def test_settings_and_tensors_that_only_one_has_are_told(radlads, student, teach
     assert ["mixers", ["softmax", "softmax"], ["softmax", "rwkv7"]] in found["settings"]
 
 
+@pytest.mark.parametrize("arch", ["rwkv7", "hxa07a", "softmax"])
+def test_a_file_of_weights_alone_shows_what_its_tensors_tell(radlads, teacher, tmp_path, arch):
+    place = tmp_path / "L2-D64-qwen3-rwkv7-2.pth"
+    model = teacher
+    if arch != "softmax":
+        model = tmp_path / "student"
+        make_student(open_folder(teacher), model, arch=arch, keep_softmax=(0,), options={})
+    assert radlads("convert", model, "--to", "pth", "--output-dir", place).status == 0
+    whole = json.loads(radlads("inspect", place, "--config", model, "--json", "--tensors").out)
+    found = json.loads(radlads("inspect", place, "--json", "--tensors").out)
+    for same in ("format", "layout", "architecture", "stage", "dtype", "parameters", "weight_bytes", "mixers", "tensors"):
+        assert found[same] == whole[same], same
+    assert found["dimensions"].items() <= whole["dimensions"].items()
+    assert {"hidden_size", "vocab_size", "num_layers"} <= found["dimensions"].keys()
+    page = radlads("inspect", place).out
+    assert "--config names the teacher's folder" in page and ("1 (aligned)" in page) == (arch != "softmax")
+    for needs_more in (("--diff", model), ("--stage", "1")):
+        refused = radlads("inspect", place, *needs_more)
+        assert refused.status == 2 and refused.err.startswith("error: R204") and "Pass --config" in refused.err
+
+
 @pytest.mark.parametrize("to", ["mlx", "hf"])
 def test_an_adapter_is_shown_and_held_against_its_model(radlads, student, teacher, tmp_path, to):
     folder, lora = open_folder(student), Settings(layers=1, rank=4, keys=("self_attn.q_proj", "mlp.up_proj"))

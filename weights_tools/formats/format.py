@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from radlads.errors import RadladsError, fail
 from radlads.folder import SCHEMA, TOKEN_KEYS, to_json
 from radlads.provenance import carried_license, hub_origin, license_of
 from radlads.spec import ModelSpec
-from radlads.tensors import FLOATS, Raw, decode, listed
+from radlads.tensors import FLOATS, Entry, Raw, decode, listed
 from radlads.weights_tools.lazy import Lazy, cast, finite
 from radlads.weights_tools.output import OutputFile
 
@@ -86,10 +87,7 @@ class Source:
     @property
     def dtype(self) -> str:
         """The dtype that most bytes have, in safetensors' spelling."""
-        sizes: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-        return max(sizes, key=sizes.__getitem__)
+        return most_bytes(self.tensors.values())
 
     @property
     def token_ids(self) -> dict[str, Any]:
@@ -108,6 +106,14 @@ class Output:
     files: list[OutputFile]
     small_files: Callable[[Mapping[str, str]], Mapping[str, bytes | Path]] = lambda hashes: {}
     notices: tuple[str, ...] = ()  # what the output does not say or do
+
+
+def most_bytes(tensors: Iterable[Lazy | Entry]) -> str:
+    """The dtype that most bytes of some tensors have."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.nbytes
+    return sizes.most_common(1)[0][0]
 
 
 class Format(Protocol):

@@ -47,9 +47,7 @@ def read(path: Path, reading: Reading) -> Source:
     """A .pth file with the config.json beside it, or the one that was named; R202 refused, R203, R204."""
     entries = read_pth(path)
     config, place = config_of(path, reading)
-    blocks = any(name.startswith("blocks.") for name in entries)
-    named = ours(path, entries) if blocks else {name: stored(entry) for name, entry in entries.items()}
-    named = {name: tensor for name, tensor in named.items() if not name.endswith(".rotary_emb.inv_freq")}
+    named, layout = named_tensors(path, entries)
     try:
         found = spec_of(config, {name: tensor.shape for name, tensor in named.items()}, variant=reading.variant)
     except RadladsError as error:
@@ -61,7 +59,7 @@ def read(path: Path, reading: Reading) -> Source:
     return Source(
         path=path,
         format=NAME,
-        layout="OpenMOSE's names" if blocks else "upstream's names",
+        layout=layout,
         spec=found.spec,
         tensors=fit(path, found.spec, {name: tensor for name, tensor in named.items() if name not in found.ignored}),
         stored=[StoredTensor(name, entry.dtype, entry.shape, path.name, entry.nbytes) for name, entry in entries.items()],
@@ -71,6 +69,14 @@ def read(path: Path, reading: Reading) -> Source:
         manifest=read_manifest(path.parent, found.spec) if beside else None,
         notices=found.notices,
     )
+
+
+def named_tensors(path: Path, entries: Mapping[str, Entry]) -> tuple[dict[str, Lazy], str]:
+    """(the tensors of a file under our names, whose names they have there). R203."""
+    blocks = any(name.startswith("blocks.") for name in entries)
+    named = ours(path, entries) if blocks else {name: stored(entry) for name, entry in entries.items()}
+    weights = {name: tensor for name, tensor in named.items() if not name.endswith(".rotary_emb.inv_freq")}
+    return weights, "OpenMOSE's names" if blocks else "upstream's names"
 
 
 def companions(teacher: Path) -> dict[str, Path]:
