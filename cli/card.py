@@ -14,7 +14,7 @@ class CardOptions:
     """Which folder."""
 
     model: str = arg("Folder of the model.", metavar="MODEL", flag="--model")
-    license: str | None = opt(None, "Licence as the Hub spells it, instead of the teacher's.", metavar="NAME")
+    license: str | None = opt(None, "Licence as the Hub spells it, instead of the last card's or the teacher's.", metavar="NAME")
     stdout: bool = opt(False, "Print the card and write nothing.", "--stdout")
     overwrite: bool = opt(False, "Replace a card that radlads did not write.", "--overwrite")
     json: bool = opt(False, "Print one JSON document.", "--json")

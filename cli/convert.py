@@ -122,6 +122,9 @@ def convert_adapter(options: ConvertOptions) -> ConvertResult:
     if options.to not in ("hf", "mlx") or options.quantize:
         why = f"{options.source} is an adapter, which is written for peft (hf) or mlx-lm (mlx)"
         raise fail("R101", where="--to", why=why, fix="Choose --to hf or --to mlx; `radlads fuse` makes it part of the model")
+    for flag, value in (("--dtype", options.dtype), ("--layout", options.layout), ("--stage", options.stage)):
+        if value is not None:
+            raise fail("R101", where=flag, why="it has no meaning for an adapter", fix="Leave it out")
     base = options.config or base_of(options.source)
     if base is None or not Path(base).is_dir():
         why = "its config names no model" if base is None else f"its model {base} is not there"

@@ -32,7 +32,7 @@ class LaunchOptions(TrainOptions):
     account: str | None = opt(None, "Slurm account.", panel="Machines")
     time: str = opt("24:00:00", "Slurm time limit, HH:MM:SS.", panel="Machines")
     requeue: bool = opt(True, "Let a preempted Slurm job start again.", "--requeue/--no-requeue", panel="Machines")
-    restarts: int = opt(3, "New starts after a process was lost.", panel="Machines")
+    restarts: int = opt(3, "New starts of the local executor after a process was lost.", panel="Machines")
 
 
 @dataclass
@@ -91,7 +91,8 @@ def torchrun(options: LaunchOptions, meeting: list[str]) -> list[str]:
     """The torchrun line of one machine; `meeting` says how machines find one another."""
     from importlib.metadata import version
 
-    processes = options.gpus_per_node if options.gpus_per_node is not None else "gpu" if has_gpu() else 1
+    here = options.executor == "local"
+    processes = options.gpus_per_node if options.gpus_per_node is not None else 1 if here and not has_gpu() else "gpu"
     line = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={processes}"]
     if tuple(int(part) for part in version("torch").split("+")[0].split(".")[:2]) >= (2, 13):
         line.append(f"--shutdown-timeout={GRACE}")  # a large checkpoint takes longer than the usual 30 s
@@ -195,12 +196,14 @@ class NodeTask:
         return status
 
     def checkpoint(self) -> Any:
-        """Slurm is about to end the job: let the run save, and ask for the same job again."""
+        """Slurm is about to end the job: let the run save, and ask for the same job again unless `requeue` is off."""
         import submitit
 
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait()
+        if not self.requeue:
+            return None  # submitit's word for a job that ends here
         return submitit.helpers.DelayedSubmission(NodeTask(self.command, self.nodes, self.folder, self.requeue))
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -229,21 +229,31 @@ def fitting(
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if spec.tie_embeddings and head in stored and embedding in stored:
         check_tied(path, stored.pop(head), stored[embedding])
+    kinds = {
+        name: (float_shape(entry, few := quantised.get(name)), entry.dtype if few is None else few.scales.dtype)
+        for name, entry in stored.items()
+    }
+    mixed = {"F16", "BF16"} <= {entry.dtype for entry in stored.values()}
+    check_rows(path, rows, kinds, ["F16 and BF16 are mixed, as if the shards came from two models"] if mixed else [])
+    return {name: stored[name] for name in rows}
+
+
+def check_rows(
+    path: Path, rows: Mapping[str, Row], stored: Mapping[str, tuple[tuple[int, ...], str]], more: Sequence[str] = ()
+) -> None:
+    """R203 naming all tensors of `stored` {name: (shape, dtype)} that are missing, unknown, of another shape or no floats, and
+    `more` faults that were found."""
     faults = [f"{name} is missing" for name in rows if name not in stored]
     faults += [f"{name} is unknown" for name in stored if name not in rows]
-    for name, entry in stored.items():
-        few = quantised.get(name)
-        shape = float_shape(entry, few)
+    for name, (shape, dtype) in stored.items():
         if name in rows and shape != rows[name].shape:
             faults.append(f"{name} is {list(shape)}, the config needs {list(rows[name].shape)}")
-        elif few is None and entry.dtype not in FLOATS:
-            faults.append(f"{name} is {entry.dtype}, not one of {', '.join(FLOATS)}")
-    if {"F16", "BF16"} <= {entry.dtype for entry in stored.values()}:
-        faults.append("F16 and BF16 are mixed, as if the shards came from two models")
+        elif dtype not in FLOATS:
+            faults.append(f"{name} is {dtype}, not one of {', '.join(FLOATS)}")
+    faults += more
     if faults:
         why = f"{len(faults)} faults: {listed(faults)}"
         raise fail("R203", where=path, why=why, fix="Check that config and weights belong together")
-    return {name: stored[name] for name in rows}
 
 
 def check_tied(path: Path, head: Entry, embedding: Entry) -> None:

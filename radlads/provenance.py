@@ -75,7 +75,7 @@ def license_of(path: Path, manifest: dict[str, Any] | None) -> dict[str, str]:
     """The licence as the model card names it, or a licence file whose text is known, or what a manifest carried; else empty."""
     head = card_head(path / CARD)
     found = {key: value for key in LICENSE_KEYS if isinstance(value := head.get(key), str) and 0 < len(value) < 500}
-    if found.get("license"):
+    if found.get("license", UNKNOWN) != UNKNOWN:
         return found
     for name in LICENSE_FILES:
         try:

@@ -10,7 +10,7 @@ from radlads.errors import RadladsError, printable
 from radlads.families.published import is_published
 from radlads.files import read_json
 from radlads.folder import ModelFolder
-from radlads.provenance import UNKNOWN, carried_license
+from radlads.provenance import UNKNOWN, license_of
 from radlads.runs import RECORD
 
 KINDS = {"init": "transfer of weights", "align": "attention alignment", "distill": "distillation", "lm": "language modelling"}
@@ -26,12 +26,12 @@ CITATION = """@misc{goldstein2025radlads,
 
 
 def card(folder: ModelFolder, verdict: Mapping[str, Any] | None, *, license: str | None = None) -> str:
-    """The card of a folder of ours; `license` overrules the one that was carried over from the teacher."""
+    """The card of a folder of ours; `license` overrules that of its card so far, or of the teacher."""
     manifest = folder.manifest or {}
     teacher = table(manifest.get("teacher"))
     run = find_run(folder.path)
     blocks = [
-        head(folder, teacher, {"license": license} if license else carried_license(manifest)),
+        head(folder, teacher, {"license": license} if license else license_of(folder.path, manifest)),
         f"# {inline(folder.name)}\n",
         summary(folder, teacher),
         section("Use", use(folder)),

@@ -102,6 +102,8 @@ def test_an_adapter_is_shown_and_held_against_its_model(radlads, student, teache
     about = {"fingerprint": None, "dtype": "F32", "model": str(student), "num_layers": 1}
     write_adapter(tmp_path / "new", first_values(folder.spec, lora, 0), lora, folder.spec, **about)
     assert radlads("convert", tmp_path / "new", "--to", to, "--output-dir", tmp_path / "a").status == 0
+    without_meaning = radlads("convert", tmp_path / "new", "--to", to, "--dtype", "float32", "--output-dir", tmp_path / "b")
+    assert without_meaning.status == 2 and "no meaning for an adapter" in without_meaning.err
     page = radlads("inspect", tmp_path / "a").out
     told = ("4, scale 20, dropout 0", "1 layer ", "self_attn.q_proj, mlp.up_proj", "which it fits", "lora")
     assert all(text in page for text in told)

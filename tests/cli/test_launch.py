@@ -26,6 +26,7 @@ def test_print_gives_one_line_or_a_slurm_script(radlads) -> None:
     assert "--standalone --nproc-per-node=4" in one and "train tiny --output-dir 'runs/x y' --set=seed=7 --resume auto" in one
     many = radlads("launch", "tiny", "--executor", "print", "--nodes", "2", "--partition", "gpu", "--time", "01:30:00").out
     assert many.startswith("#!/bin/bash\n#SBATCH --nodes=2\n") and "#SBATCH --partition=gpu" in many and "--requeue" in many
+    assert "--nproc-per-node=gpu" in many  # of the machines of the job, whatever this one has
     assert "--nnodes=2" in many and '"$SLURM_JOB_NODELIST"' in many and "--rdzv-endpoint=$HEAD:" in many
     assert subprocess.run(["bash", "-n"], input=many, text=True, check=False).returncode == 0
 
@@ -73,6 +74,7 @@ def test_a_preempted_node_stops_its_run_and_asks_again(tmp_path: Path) -> None:
     again = task.checkpoint()
     thread.join(20)
     assert isinstance(again, submitit.helpers.DelayedSubmission) and ended == [75]
+    assert NodeTask([], 1, str(tmp_path), requeue=False).checkpoint() is None
 
 
 def test_trackers_get_every_number_and_cannot_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

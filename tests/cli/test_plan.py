@@ -6,9 +6,11 @@ from math import prod
 
 import pytest
 
+from radlads.cli.plan import teacher_spec
 from radlads.costs import GPUS, Plan, fit, flops_per_token, gpu_called, plan_run, plan_stage, sizes, ways_of
-from radlads.recipe import Parallel, Recipe, Stage
+from radlads.recipe import Parallel, Recipe, Stage, load_recipe, recipe_names
 from radlads.shapes import SHAPES, known_shape
+from tests.teachers import TEACHERS
 
 
 def recipe(distill_micro: int = 12, **how: object) -> Recipe:
@@ -171,6 +173,15 @@ def test_names_of_drivers_and_teachers() -> None:
     assert gpu_called("Apple M3") is None
     assert known_shape("Qwen/Qwen2.5-7B-Instruct") is SHAPES["qwen2.5-7b"] and known_shape("qwen3-0.6b") is SHAPES["qwen3-0.6b"]
     assert known_shape("Qwen2.5-7Bx") is None and known_shape("gpt2") is None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_planned_without_its_teacher(radlads, name: str) -> None:
+    found = radlads("plan", name, "--gpus", "1", "--json")
+    assert found.status == 0, found.err
+    teacher = load_recipe(name).teacher
+    if teacher in TEACHERS:
+        assert teacher_spec(teacher).parameters() == TEACHERS[teacher].parameters()
 
 
 def test_plan_command(radlads) -> None:

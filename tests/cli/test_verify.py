@@ -269,6 +269,9 @@ def test_the_card_says_where_the_model_comes_from(radlads, student):
     assert "| torch against oracle | passed |" in text
     outcome = radlads("card", student, "--license", "apache-2.0", "--stdout")
     assert "license: apache-2.0" in outcome.out and (student / "README.md").read_text() == text
+    for chosen in (("--license", "apache-2.0"), ()):  # what was chosen once is kept
+        assert radlads("card", student, *chosen).status == 0
+        assert "license: apache-2.0" in (student / "README.md").read_text()
 
 
 def test_the_card_of_somebody_else_is_not_lost(radlads, student):

@@ -12,10 +12,10 @@ import numpy as np
 
 import radlads
 from radlads.errors import RadladsError, fail
-from radlads.folder import SCHEMA, TOKEN_KEYS, to_json
+from radlads.folder import SCHEMA, TOKEN_KEYS, check_rows, to_json
 from radlads.provenance import carried_license, hub_origin, license_of
 from radlads.spec import ModelSpec
-from radlads.tensors import FLOATS, Entry, Raw, decode, listed
+from radlads.tensors import Entry, Raw, decode
 from radlads.weights_tools.lazy import Lazy, cast, finite
 from radlads.weights_tools.output import OutputFile
 
@@ -131,16 +131,7 @@ def fit(path: Path, spec: ModelSpec, tensors: Mapping[str, Lazy]) -> dict[str, L
     rows, found = spec.tensors(), dict(tensors)
     if spec.tie_embeddings and HEAD in found and EMBEDDING in found:
         check_tied(path, found.pop(HEAD), found[EMBEDDING])
-    faults = [f"{name} is missing" for name in rows if name not in found]
-    faults += [f"{name} is unknown" for name in found if name not in rows]
-    for name, tensor in found.items():
-        if name in rows and tensor.shape != rows[name].shape:
-            faults.append(f"{name} is {list(tensor.shape)}, the config needs {list(rows[name].shape)}")
-        elif tensor.dtype not in FLOATS:
-            faults.append(f"{name} is {tensor.dtype}, not one of {', '.join(FLOATS)}")
-    if faults:
-        why = f"{len(faults)} faults: {listed(faults)}"
-        raise fail("R203", where=path, why=why, fix="Check that config and weights belong together")
+    check_rows(path, rows, {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()})
     return {name: found[name] for name in rows}
 
 
