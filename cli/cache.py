@@ -34,10 +34,11 @@ class CacheResult:
 
     def blocks(self) -> Iterator[str]:
         """The file, and how to go on from it."""
-        from radlads.cli.render import size
+        from radlads.cli.render import counted, size
 
-        yield f"{self.file}  {size(self.bytes)}, the state after {self.position:,} tokens, read in {self.seconds:.1f} s"
-        yield f"Next: `radlads generate {self.model} --load-state {self.file} -p \"...\"` goes on from there."
+        after = counted(self.position, "token")
+        yield f"{self.file}  {size(self.bytes)}, the state after {after}, read in {self.seconds:.1f} s"
+        yield f'Next: `radlads generate {self.model} --load-state {self.file} -p "..."` goes on from there.'
 
 
 def cache(options: CacheOptions) -> CacheResult:

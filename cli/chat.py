@@ -223,7 +223,8 @@ class Chat:
     def tokens(self, _: str) -> None:
         """Show the length of the conversation and the size of the state."""
         spec = self.session.engine.spec
-        state = f"recurrent state {size(spec.state_bytes())}" if spec.recurrent else "softmax attention, no fixed state"
+        state = f"state {size(spec.state_bytes(len(self.session.ids)))}"
+        state += ", growing with every token of its softmax layers" if spec.kept_layers else ", at any length"
         self.screen.say(f"tokens {len(self.session.ids):,}, messages {len(self.session.turns)}, {state}")
 
     def toggle_stats(self, _: str) -> None:

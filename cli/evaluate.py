@@ -121,9 +121,7 @@ def evaluate(options: EvalOptions) -> EvalResult:
     teacher = None
     if options.against is not None:
         teacher = ModelOptions(model=options.against, backend=options.backend, dtype=options.dtype).open()
-    result = EvalResult(
-        options.model, options.against, student.engine.name, student.engine.device, options.seed, options.draws
-    )
+    result = EvalResult(options.model, options.against, student.engine.name, student.engine.device, options.seed, options.draws)
     found = measure(student, options, "model")
     beside = measure(teacher, options, "teacher") if teacher is not None else [None] * len(found)
     for mine, theirs in zip(found, beside, strict=True):

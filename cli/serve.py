@@ -24,7 +24,12 @@ class ServeOptions(ModelOptions):
     max_prompt_tokens: int = opt(131_072, "Tokens of one prompt at most.", panel="Limits")
     max_batch: int = opt(32, "Sequences served at once.", panel="Limits")
     max_waiting: int = opt(256, "Requests in the queue; beyond it clients are told to try again.", panel="Limits")
-    prefix_memory: float = opt(1.0, "GB for states kept so that the next turn of a chat is not read again.", panel="Limits")
+    state_memory: float = opt(
+        8.0, "GB for the states of the sequences served at once; others wait.", panel="Limits", metavar="GB"
+    )
+    prefix_memory: float = opt(
+        1.0, "GB for states kept so that the next turn of a chat is not read again.", panel="Limits", metavar="GB"
+    )
 
 
 @dataclass
@@ -43,18 +48,21 @@ def serve(options: ServeOptions) -> ServeResult:
     """Serve a model until Ctrl-C or SIGTERM."""
     check(options)
     try:
-        import uvicorn
-
         from radlads.serve.http import Settings, create_app
+        from radlads.serve.listen import listen, run
         from radlads.serve.worker import Worker
     except ImportError:
         why = "FastAPI or uvicorn is not installed"
         raise fail("R104", where="radlads serve", why=why, fix="Run `pip install 'radlads[serve]'`") from None
     key = options.api_key or os.environ.get("RADLADS_API_KEY") or None
+    listener = listen(options.host, options.port)
     folder, tokenizer, engine = options.open()
-    each = folder.spec.state_bytes() + 4 * folder.spec.vocab_size
-    prefixes = int(options.prefix_memory * 1e9 // each)
-    worker = Worker(engine, tokenizer, slots=options.max_batch, waiting=options.max_waiting, prefixes=prefixes)
+    memory, each = options.state_memory * 1e9, folder.spec.state_bytes()
+    if each > memory:
+        why = f"the state of one sequence takes {size(each)}"
+        raise fail("R101", where=f"--state-memory {options.state_memory:g}", why=why, fix="Give more GB")
+    limits = {"slots": options.max_batch, "waiting": options.max_waiting}
+    worker = Worker(engine, tokenizer, **limits, prefixes=options.prefix_memory * 1e9, memory=memory)
     settings = Settings(
         name=options.name or folder.name,
         max_tokens=options.max_tokens,
@@ -63,16 +71,16 @@ def serve(options: ServeOptions) -> ServeResult:
         hosts=tuple(name.lower() for name in (*options.allowed_host, options.host)),
         origins=tuple(options.allowed_origin),
     )
-    state = size(folder.spec.state_bytes())
-    note(f"{settings.name} on {engine.name} ({engine.device}); state {state} a sequence, {prefixes:,} kept")
-    if folder.spec.kept_layers:
-        note(f"note: {len(folder.spec.kept_layers)} softmax layers grow with every token of a sequence")
+    growth = folder.spec.state_bytes(1) - each
+    state = f"state {size(each)} a sequence" + (f" and {size(growth)} a token (softmax layers)" if growth else "")
+    at_once = f"{options.max_batch} at once" if growth else f"{min(options.max_batch, int(memory // each))} at once"
+    note(f"{settings.name} on {engine.name} ({engine.device}); {state}, {at_once}")
     if not tokenizer.has_chat_template:
         note("note: this model has no chat template; a chat's messages are continued as one text")
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    note(f"http://{shown}:{options.port}/ is the chat page, http://{shown}:{options.port}/v1 the API; Ctrl-C stops")
-    app = create_app(worker, settings)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", timeout_keep_alive=30, server_header=False)
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    note(f"{address}/ is the chat page, {address}/v1 the API; Ctrl-C stops")
+    run(create_app(worker, settings), worker, listener)
     return ServeResult(worker.served, worker.failed)
 
 
@@ -87,5 +95,6 @@ def check(options: ServeOptions) -> None:
     for name, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise fail("R101", where=name, why=f"{value} is not from {low} to {high}", fix="Give a number in this range")
-    if not 0 <= options.prefix_memory <= 1e6:
-        raise fail("R101", where="--prefix-memory", why=f"{options.prefix_memory} is no amount", fix="Give 0 or more GB")
+    for name, amount in (("--state-memory", options.state_memory), ("--prefix-memory", options.prefix_memory)):
+        if not 0 <= amount <= 1e6:
+            raise fail("R101", where=name, why=f"{amount} is no amount", fix="Give 0 or more GB")

@@ -475,9 +475,7 @@ def resolved(how: Parallel, stage: StagePlan) -> Parallel:
     return replace_how(how, stage.layout, stage.teacher, "always" if stage.recompute else "never")
 
 
-def ways_of(
-    recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu | None
-) -> dict[str, Parallel]:
+def ways_of(recipe: Recipe, teacher: ModelSpec | None, student: ModelSpec, gpus: int, gpu: Gpu | None) -> dict[str, Parallel]:
     """How each kind of stage is spread with every "auto" resolved, the teacher alike in all; the simplest way on no known GPU."""
     how = recipe.parallel
     if gpu is None:

@@ -147,9 +147,10 @@ class ModelSpec:
         """Shapes of the recurrent state of each layer, without the batch axis; empty for softmax layers."""
         return [MIXERS[name].state(self) for name in self.mixers]
 
-    def state_bytes(self) -> int:
-        """Bytes of the recurrent state of one sequence in float32 (softmax layers, which grow, not counted)."""
-        return 4 * sum(_product(shape) for layer in self.state() for shape in layer.values())
+    def state_bytes(self, tokens: int = 0) -> int:
+        """Bytes in float32 of what one sequence leaves behind after `tokens` tokens: of a fixed size, but for softmax layers."""
+        fixed = sum(_product(shape) for layer in self.state() for shape in layer.values())
+        return 4 * (fixed + 2 * self.Ckv * len(self.kept_layers) * tokens)
 
     def flops(self, tokens: int = 1) -> int:
         """Multiply-adds times two of a forward pass over `tokens` tokens: all matrices, and the recurrence itself.

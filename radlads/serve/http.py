@@ -176,13 +176,17 @@ class Server:
     async def health(self) -> Response:
         """A real decode of one token within HEALTH_SECONDS, and the counters."""
         worker = self.worker
-        began = time.perf_counter()
+        began, error = time.perf_counter(), None
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
-                token = worker.tokenizer.eos_id if worker.tokenizer.eos_id is not None else 0
-                _, events = self.submit([token], Sampling(), 1, ())
-                last = await anext(event async for event in events if event.finish or event.error)
-            error = last.error
+                if worker.waiting or len(worker.active) >= worker.places:
+                    # A token of its own would wait for all of those: one of theirs shows as well that the engine works.
+                    while worker.fed_at < began:
+                        await asyncio.sleep(0.01)
+                else:
+                    token = worker.tokenizer.eos_id if worker.tokenizer.eos_id is not None else 0
+                    _, events = self.submit([token], Sampling(), 1, ())
+                    error = (await anext(event async for event in events if event.finish or event.error)).error
         except (TimeoutError, Refusal) as late:
             error = str(late) or f"no token within {HEALTH_SECONDS:g} s"
         prefixes = worker.prefixes
@@ -199,6 +203,7 @@ class Server:
             "prefix_hits": prefixes.hits,
             "prefix_misses": prefixes.misses,
             "prefix_tokens_reused": prefixes.reused_tokens,
+            "prefix_bytes": prefixes.held_bytes,
         }
         return JSONResponse(about, 200 if error is None else 503)
 
@@ -247,6 +252,9 @@ class Server:
             why = f"the prompt has {len(ids):,} tokens, and {settings.max_prompt_tokens:,} are allowed"
             raise Refusal(400, why, param=form.param)
         most = min(wanted.max_tokens or settings.max_tokens, settings.max_tokens)
+        if self.worker.engine.spec.state_bytes(len(ids) + most) > self.worker.memory:
+            why = f"the state after {len(ids):,} tokens of prompt and {most:,} of answer is larger than the server allows"
+            raise Refusal(400, why, param="max_tokens")
         job, events = self.submit(ids, wanted.sampling(secrets.randbits(31)), most, wanted.stops())
         if wanted.stream:
             counted = wanted.stream_options is not None and wanted.stream_options.include_usage

@@ -28,14 +28,15 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
     name: str | None = Field(None, max_length=256)
 
     def plain(self) -> dict[str, str]:
         """Role and text, as a chat template takes them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        # "developer" is the newer name of "system", which templates do not know.
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(Strict):
@@ -44,8 +45,14 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class TextFormat(Strict):
+    """The only format of an answer."""
+
+    type: Literal["text"]
+
+
 class Request(Strict):
-    """What both kinds of completion share."""
+    """What both kinds of completion share; a null means the default, as in OpenAI's protocol."""
 
     model: str = Field("default", max_length=512)
     max_tokens: int | None = Field(None, ge=1)
@@ -63,6 +70,17 @@ class Request(Strict):
     n: Literal[1] = 1
     frequency_penalty: Literal[0] = 0
     presence_penalty: Literal[0] = 0
+    logprobs: Literal[False] = False
+    store: Literal[False] = False
+    response_format: TextFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, data: Any) -> Any:
+        """The fields that say something."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""

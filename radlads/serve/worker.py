@@ -1,11 +1,15 @@
 """One thread that serves every request at once: it reads prompts in pieces and writes a token to each sequence in turn.
 
-States are of a fixed size, so how many fit is known before a prompt is read. An error ends one request, never the loop.
+States are of a fixed size, and keys and values of softmax layers grow by a fixed size with every token, so what fits is known
+before a prompt is read. An error ends one request, never the loop.
 """
 
 import logging
+import math
 import queue
 import threading
+import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -67,36 +71,43 @@ class Slot:
 
 
 class PrefixStore:
-    """States after whole sequences, the last used kept; found again only for a prompt that begins with exactly those ids."""
+    """States after whole sequences, the last used kept; found again only for a prompt that begins with exactly those ids.
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.hits = self.misses = self.reused_tokens = 0
-        self._held: OrderedDict[tuple[int, ...], tuple[Logits, Any]] = OrderedDict()
+    `capacity` bytes at most, as `nbytes` counts them for a number of tokens.
+    """
+
+    def __init__(self, capacity: float, nbytes: Callable[[int], int]) -> None:
+        self.capacity, self.nbytes = capacity, nbytes
+        self.hits = self.misses = self.reused_tokens = self.held_bytes = 0
+        self._held: OrderedDict[bytes, tuple[Logits, Any]] = OrderedDict()  # by the ids, four bytes each
 
     def __len__(self) -> int:
         return len(self._held)
 
     def find(self, ids: Sequence[int]) -> tuple[int, Logits | None, Any]:
         """(tokens, logits, state) of the longest kept beginning of `ids`; (0, None, None) without one."""
-        whole = tuple(ids)
+        whole = array("i", ids).tobytes()
         lengths = sorted({len(held) for held in self._held}, reverse=True)
-        best = next((whole[:length] for length in lengths if length <= len(whole) and whole[:length] in self._held), ())
+        best = next((whole[:length] for length in lengths if length <= len(whole) and whole[:length] in self._held), b"")
         if not best:
             self.misses += 1
             return 0, None, None
         self.hits += 1
-        self.reused_tokens += len(best)
+        self.reused_tokens += len(best) // 4
         self._held.move_to_end(best)
-        return len(best), *self._held[best]
+        return len(best) // 4, *self._held[best]
 
     def keep(self, ids: Sequence[int], logits: Logits, state: Any) -> None:
-        """Keep a state, and let go of the one used longest ago when there is no room."""
-        if self.capacity:
-            self._held[tuple(ids)] = (logits, state)
-            self._held.move_to_end(tuple(ids))
-            while len(self._held) > self.capacity:
-                self._held.popitem(last=False)
+        """Keep a state that fits at all, and let go of those used longest ago when there is no room."""
+        key = array("i", ids).tobytes()
+        if self.nbytes(len(ids)) > self.capacity:
+            return
+        self.held_bytes += 0 if key in self._held else self.nbytes(len(ids))
+        self._held[key] = (logits, state)
+        self._held.move_to_end(key)
+        while self.held_bytes > self.capacity:
+            oldest, _ = self._held.popitem(last=False)
+            self.held_bytes -= self.nbytes(len(oldest) // 4)
 
 
 class Full(Exception):
@@ -104,19 +115,27 @@ class Full(Exception):
 
 
 class Worker(threading.Thread):
-    """Serves jobs with at most `slots` of them at once, `waiting` in the queue and `prefixes` states kept for later turns."""
+    """Serves jobs with at most `slots` of them at once, whose states take at most `memory` bytes, and `waiting` in the queue;
+    states for later turns are kept in `prefixes` bytes.
+    """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, slots: int, waiting: int, prefixes: int) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, slots: int, waiting: int, prefixes: float, memory: float = math.inf
+    ) -> None:
         super().__init__(name="radlads-worker", daemon=True)
-        self.engine, self.tokenizer, self.places = engine, tokenizer, slots
-        self.prefixes = PrefixStore(prefixes)
+        self.engine, self.tokenizer, self.places, self.memory = engine, tokenizer, slots, memory
+        self.prefixes = PrefixStore(prefixes, self.kept_bytes)
         self.served = self.failed = self.restarts = self.written_tokens = 0
+        self.fed_at = 0.0  # when the engine last did its work, by time.perf_counter
         self.active: list[Slot] = []
         self._queue: queue.Queue[Job | None] = queue.Queue(waiting)
+        self._first: Job | None = None  # taken from the queue before there was memory for it
         self._stopping = threading.Event()
 
     def submit(self, job: Job) -> None:
-        """Put a job in the queue. Raises Full when there is no room."""
+        """Put a job in the queue. Raises Full when there is no room, or no time."""
+        if self._stopping.is_set():
+            raise Full
         try:
             self._queue.put_nowait(job)
         except queue.Full:
@@ -133,7 +152,15 @@ class Worker(threading.Thread):
     @property
     def waiting(self) -> int:
         """Jobs in the queue."""
-        return self._queue.qsize()
+        return self._queue.qsize() + (self._first is not None)
+
+    def kept_bytes(self, tokens: int) -> int:
+        """What a state after `tokens` tokens takes when it is kept: itself, logits and ids."""
+        return self.engine.spec.state_bytes(tokens) + 4 * self.engine.spec.vocab_size + 4 * tokens
+
+    def needs(self, job: Job) -> int:
+        """Bytes that a job's state takes at its end, at most."""
+        return self.engine.spec.state_bytes(len(job.prompt_ids) + job.max_tokens)
 
     def run(self) -> None:
         """The loop; an error in the middle of a step ends the jobs of that step and the loop goes on."""
@@ -145,8 +172,14 @@ class Worker(threading.Thread):
                 logging.getLogger(__name__).exception("the serving loop failed and goes on")
                 for slot in self.active[:]:
                     self.end(slot, Event(error=f"internal error: {type(error).__name__}"))
+        stopping = Event(error="the server is stopping")
         for slot in self.active[:]:
-            self.end(slot, Event(error="the server is stopping"))
+            self.end(slot, stopping)
+        while self.waiting:
+            job = self._first or self._queue.get_nowait()
+            self._first = None
+            if job is not None:
+                job.publish(stopping)
 
     def step(self) -> None:
         """Admit what fits, read one piece of one prompt, write one token to each sequence that is ready."""
@@ -160,20 +193,25 @@ class Worker(threading.Thread):
         going = [slot for slot in ready if self.write(slot)]
         if going:
             logits, states = self.engine.feed_many([slot.state for slot in going], [slot.writer.token_ids[-1] for slot in going])
+            self.fed_at = time.perf_counter()
             for slot, row, state in zip(going, logits, states, strict=True):
                 slot.logits, slot.state = row, state
 
     def admit(self) -> None:
-        """Take jobs from the queue while there are places; wait for one when there is nothing to do."""
+        """Take jobs from the queue, in their order, while there are places and memory; wait for one when idle."""
         while len(self.active) < self.places:
             try:
-                job = self._queue.get(block=not self.active)
+                job = self._first or self._queue.get(block=not self.active)
             except queue.Empty:
                 return
+            self._first = None
             if job is None:
                 return
             if job.cancelled:
                 continue
+            if self.active and sum(self.needs(slot.job) for slot in self.active) + self.needs(job) > self.memory:
+                self._first = job
+                return
             try:
                 self.active.append(self.begin(job))
             except RadladsError as error:
@@ -192,6 +230,7 @@ class Worker(threading.Thread):
         part, slot.waiting = slot.waiting[:PREFILL_STEP], slot.waiting[PREFILL_STEP:]
         try:
             slot.logits, slot.state = self.engine.feed(slot.state, part)
+            self.fed_at = time.perf_counter()
         except Exception as error:
             self.end(slot, Event(error=f"the prompt could not be read: {type(error).__name__}"))
 

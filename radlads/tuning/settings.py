@@ -163,9 +163,7 @@ class Tuning(Part):
 
 def without_null(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values without those that say null, which stands for the default in mlx-lm's files."""
-    return {
-        key: without_null(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None
-    }
+    return {key: without_null(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None}
 
 
 def load_tuning(path: str | Path | None, flags: Mapping[str, Any]) -> Tuning:

@@ -12,6 +12,7 @@ pytest.importorskip("fastapi")
         (["--port", 99999], "--port"),
         (["--max-batch", 0], "--max-batch"),
         (["--prefix-memory", -1], "--prefix-memory"),
+        (["--host", "nowhere.invalid", "--api-key", "x"], "nowhere.invalid"),
     ],
 )
 def test_what_would_not_work_or_not_be_safe(radlads, teacher, engine, monkeypatch, arguments, why):

@@ -1,5 +1,6 @@
 """A server on a free port of this machine, over the engine without a model."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +30,10 @@ def start(tokenizer: Tokenizer) -> Iterator[Callable[..., tuple[str, Worker]]]:
     """Start a server; returns its address and its worker."""
     running = []
 
-    def begin(engine: Any = None, *, slots: int = 8, waiting: int = 64, **settings: Any) -> tuple[str, Worker]:
-        worker = Worker(engine or ToyEngine(), tokenizer, slots=slots, waiting=waiting, prefixes=16)
+    def begin(
+        engine: Any = None, *, slots: int = 8, waiting: int = 64, memory: float = math.inf, **settings: Any
+    ) -> tuple[str, Worker]:
+        worker = Worker(engine or ToyEngine(), tokenizer, slots=slots, waiting=waiting, prefixes=10_000_000, memory=memory)
         app = create_app(worker, Settings(name="toy", **{"max_tokens": 64, **settings}))
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
         thread = threading.Thread(target=server.run, daemon=True)

@@ -1,6 +1,7 @@
 """The server as the official client meets it, and as those meet it who send what they should not."""
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
 
-from radlads.serve.http import BODY_LIMIT  # noqa: E402
-from radlads.serve.worker import Worker  # noqa: E402
+from radlads.errors import RadladsError  # noqa: E402
+from radlads.serve.http import BODY_LIMIT, Settings, create_app  # noqa: E402
+from radlads.serve.listen import Stoppable, listen  # noqa: E402
+from radlads.serve.worker import PrefixStore, Worker  # noqa: E402
 from radlads.tokenizer import Tokenizer  # noqa: E402
-from tests.models import tiny_teacher  # noqa: E402
+from tests.models import tiny_spec, tiny_teacher  # noqa: E402
 from tests.toy import ToyEngine  # noqa: E402
 
 Start = Callable[..., tuple[str, Worker]]
@@ -73,12 +78,25 @@ def test_the_next_turn_is_not_read_again(start: Start) -> None:
     assert worker.prefixes.hits == 1
 
 
+def test_kept_states_stay_within_their_bytes() -> None:
+    logits = np.zeros(1, np.float32)
+    store = PrefixStore(1000, lambda tokens: 100 + 10 * tokens)
+    for length in (1, 20, 30, 100):  # the last would not fit alone
+        store.keep(range(length), logits, f"after {length}")
+    assert (len(store), store.held_bytes) == (3, 110 + 300 + 400)
+    assert store.find(range(25))[::2] == (20, "after 20")
+    store.keep([7] * 40, logits, "another")  # 500 bytes: those used longest ago go
+    assert [store.find(range(n))[0] for n in (1, 25, 30)] == [0, 20, 20] and store.held_bytes == 800
+    assert store.find([8, *range(20)])[0] == 0 and PrefixStore(0, lambda _: 1).keep([1], logits, "none") is None
+
+
 BAD_FIELDS = [
     {"top_k": 10**9}, {"stop": 5}, {"stop": ""}, {"logit_bias": {"1000000000": 1}}, {"seed": 2**70}, {"seed": -1},
     {"max_tokens": True}, {"max_tokens": 0}, {"temperature": "hot"}, {"temperature": -1}, {"messages": []}, {"messages": "hi"},
     {"messages": [{"role": "user", "content": 5}]}, {"messages": [{"role": "tool", "content": "x"}]}, {"n": 2}, {"tools": []},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}}]}]},
-    {"adapters": "../.."}, {"stop": ["x"] * 99},
+    {"adapters": "../.."}, {"adapters": None}, {"stop": ["x"] * 99}, {"logprobs": True},
+    {"response_format": {"type": "json_object"}},
 ]  # fmt: skip
 
 
@@ -142,6 +160,17 @@ def test_lengths_are_believed_only_within_bounds(door: str, length: str, status:
     alive(door)
 
 
+def test_what_means_nothing_is_no_error(start: Start, tokenizer: Tokenizer) -> None:
+    """Nulls, switched-off fields and the newer name of "system", as clients send them."""
+    nulls = dict.fromkeys(("temperature", "top_p", "n", "stop", "seed", "stream", "presence_penalty", "logprobs", "max_tokens"))
+    with httpx.Client(base_url=start()[0]) as http:
+        reply = http.post("/v1/chat/completions", json={**ASK, **nulls, "response_format": {"type": "text"}, "store": False})
+        assert reply.status_code == 200 and reply.json()["usage"]["completion_tokens"] > 0, reply.text
+        talk = [[{"role": role, "content": "be kind"}, *ASK["messages"]] for role in ("system", "developer")]
+        one, two = (http.post("/v1/chat/completions", json={**ASK, "temperature": 0, "messages": said}).json() for said in talk)
+        assert one["choices"] == two["choices"] and one["usage"]["prompt_tokens"] == two["usage"]["prompt_tokens"]
+
+
 def test_a_template_that_fails_is_a_400(start: Start, tmp_path: Path) -> None:
     served = tiny_teacher(tmp_path / "teacher")
     settings = json.loads((served / "tokenizer_config.json").read_text())
@@ -195,6 +224,31 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_memory_for_a_sequence_is_there_before_it_is_read(start: Start, tokenizer: Tokenizer) -> None:
+    """Keys and values of softmax layers grow: what a request may reach at its end counts from its beginning."""
+    engine = SlowEngine(tiny_spec())
+    each = engine.spec.state_bytes(len(tokenizer.encode("long")) + 40)
+    address, worker = start(engine, slots=8, memory=2.5 * each)
+    most = 0
+
+    def step() -> None:
+        nonlocal most
+        Worker.step(worker)
+        most = max(most, len(worker.active))
+
+    worker.step = step  # type: ignore[method-assign]
+    body = {"prompt": "long", "max_tokens": 40, "temperature": 1.0}
+    with httpx.Client(base_url=address, timeout=60) as http:
+        threads = [threading.Thread(target=lambda: http.post("/v1/completions", json=body)) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert (worker.served, most) == (5, 2)
+        refused = http.post("/v1/completions", json={**body, "max_tokens": 130, "prompt": "long " * 40})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
 
 
 class SlowEngine(ToyEngine):
@@ -254,6 +308,50 @@ def test_a_full_queue_says_when_to_come_back(start: Start) -> None:
             until(lambda: worker.waiting == 1)
             reply = http.post(f"{address}/v1/completions", json={**body, "stream": False})
             assert reply.status_code == 429 and reply.headers["retry-after"] == "1"
+
+
+def test_a_busy_server_is_a_healthy_one_and_a_stuck_one_is_not(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radlads.serve.http.HEALTH_SECONDS", 1.0)
+    released = threading.Event()
+    address, worker = start(SlowEngine(), slots=1, waiting=4, max_tokens=100_000)
+    body = {"prompt": "long", "max_tokens": 100_000, "stream": True, "temperature": 1.0}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body) as first:
+        lines = first.iter_lines()
+        next(lines)
+        with httpx.stream("POST", f"{address}/v1/completions", json=body):
+            until(lambda: worker.waiting == 1)
+            alive(address)  # by another's token: one of its own would wait for both
+            monkeypatch.setattr(worker.engine, "feed_many", lambda *_: released.wait(60))
+            stuck = httpx.get(f"{address}/health")
+            assert stuck.status_code == 503 and "no token within 1 s" in stuck.json()["error"]
+            released.set()
+
+
+def test_told_to_stop_it_ends_what_is_being_written(tokenizer: Tokenizer) -> None:
+    worker = Worker(SlowEngine(), tokenizer, slots=1, waiting=4, prefixes=0)
+    listener = listen("127.0.0.1", 0)
+    host, port = listener.getsockname()
+    with pytest.raises(RadladsError, match=f"R101.*{host} port {port}: address already in use"):
+        listen(host, port)
+    server = Stoppable(uvicorn.Config(create_app(worker, Settings("toy", max_tokens=100_000)), log_level="error"), worker)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    heard: list[list[str]] = [[], []]
+
+    def ask(index: int) -> None:
+        body = {"prompt": "long", "max_tokens": 100_000, "stream": True, "temperature": 1.0}
+        with httpx.stream("POST", f"http://{host}:{port}/v1/completions", json=body) as reply:
+            heard[index].extend(reply.iter_lines())
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
+    for asking in threads:
+        asking.start()
+    until(lambda: worker.waiting == 1 and worker.fed_at > 0)
+    server.handle_exit(signal.SIGTERM, None)
+    for ended in (*threads, thread, worker):
+        ended.join(20)
+        assert not ended.is_alive()
+    assert all("the server is stopping" in lines[-4] and lines[-2] == "data: [DONE]" for lines in heard)
 
 
 def test_an_error_of_the_engine_ends_one_request_only(start: Start, tokenizer: Tokenizer) -> None:

@@ -1,13 +1,15 @@
 """Fifty chats at once of every kind; `python -m tests.load` does it with a thousand and a model."""
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 pytest.importorskip("httpx")
 
-from radlads.serve.worker import Worker
+from radlads.serve.worker import Full, Job, Worker
 from radlads.tokenizer import Tokenizer
 from tests.load import KINDS, TURNS, conversations, run_chats
 from tests.toy import ToyEngine
@@ -16,9 +18,36 @@ Start = Callable[..., tuple[str, Worker]]
 CHATS, TOKENS = 50, 6
 
 
+class Held(ToyEngine):
+    """Reads nothing before it is let go: here, when the queue has been full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def feed(self, state: Any, tokens: Sequence[int]) -> Any:
+        assert self.go.wait(60)
+        return super().feed(state, tokens)
+
+
 @pytest.mark.parametrize("slots, waiting", [(8, 64), (4, 8)], ids=["all wait", "some are sent away"])
-def test_no_chat_is_lost_or_mixed_up(start: Start, tokenizer: Tokenizer, slots: int, waiting: int) -> None:
-    address, worker = start(ToyEngine(), slots=slots, waiting=waiting)
+def test_no_chat_is_lost_or_mixed_up(
+    start: Start, tokenizer: Tokenizer, slots: int, waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Held()
+    address, worker = start(engine, slots=slots, waiting=waiting)
+    submit = worker.submit
+
+    def watched(job: Job) -> None:
+        try:
+            submit(job)
+        except Full:
+            engine.go.set()
+            raise
+
+    monkeypatch.setattr(worker, "submit", watched)
+    if waiting >= CHATS:
+        engine.go.set()
     expected = conversations(ToyEngine(), tokenizer, CHATS, TOKENS)
     assert len({tuple(answers) for answers in expected}) > 0.9 * CHATS
     tally, health = asyncio.run(run_chats(address, expected, TOKENS))
