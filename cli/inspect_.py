@@ -1,5 +1,4 @@
-"""`radlads inspect`: what a model of any format or an adapter holds, from its headers alone, or how two models differ. No code of
-it is run."""
+"""`radlads inspect`: what a model of any format, an adapter or a state holds, or how two models differ; none of its code runs."""
 
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from radlads.cli.render import Table, progress, size
 if TYPE_CHECKING:
     from radlads.cli.inspect_adapter import AdapterResult
     from radlads.cli.inspect_bare import BareResult
+    from radlads.cli.inspect_state import StateResult
     from radlads.weights_tools.diff import Difference
     from radlads.weights_tools.formats.format import Source
 
@@ -25,9 +25,11 @@ STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 class InspectOptions:
     """Which model, and how much of it."""
 
-    model: str = arg("Folder or file: safetensors, MLX, .pth or .gguf; or an adapter's folder.", metavar="MODEL", flag="--model")
+    model: str = arg("Folder or file: safetensors, MLX, .pth or .gguf; an adapter; a state.", metavar="MODEL", flag="--model")
     variant: Literal["A", "B", "C"] | None = opt(None, "Era of a published RAD-RWKV7 model, which files do not say.")
-    config: str | None = opt(None, "Folder or config.json to read instead of the model's; an adapter's model.", metavar="PATH")
+    config: str | None = opt(
+        None, "Folder or config.json to read instead of the model's; the model of an adapter or a state.", metavar="PATH"
+    )
     stage: Literal["0", "1", "2", "3"] | None = opt(None, "Stage of a student whose files do not say.")
     tensors: bool = opt(False, "List every tensor.", "--tensors")
     diff: str | None = opt(None, "Another model: say how the two differ, values included.", metavar="OTHER")
@@ -102,10 +104,11 @@ class InspectResult:
         return [*blocks, *listings(self.files, self.tensors)]
 
 
-def inspect_model(options: InspectOptions) -> "InspectResult | AdapterResult | BareResult":
+def inspect_model(options: InspectOptions) -> "InspectResult | AdapterResult | BareResult | StateResult":
     """Read config, manifest and weight headers; R201 to R205 when they do not hold together."""
     from radlads.adapters import is_adapter
     from radlads.cli.inspect_bare import inspect_bare, is_bare
+    from radlads.states import is_state
     from radlads.weights_tools.diff import compare
     from radlads.weights_tools.formats import open_source
     from radlads.weights_tools.formats.format import Reading
@@ -114,6 +117,10 @@ def inspect_model(options: InspectOptions) -> "InspectResult | AdapterResult | B
         from radlads.cli.inspect_adapter import inspect_adapter
 
         return inspect_adapter(options)
+    if is_state(options.model):
+        from radlads.cli.inspect_state import inspect_state
+
+        return inspect_state(options)
     if is_bare(options):
         return inspect_bare(options)
     stage = None if options.stage is None else int(options.stage)

@@ -140,6 +140,14 @@ def read_about(path: Path, entries: Mapping[str, Entry]) -> dict[str, Any]:
     return about
 
 
+def is_state(path: str | Path) -> bool:
+    """Whether this is a state file, to be looked at as one: it may still be damaged."""
+    try:
+        return Path(path).is_file() and HEADER in read_header(Path(path))
+    except RadladsError:
+        return False
+
+
 def content_hash(about: Mapping[str, Any], arrays: Arrays) -> str:
     """SHA-256 of a header without its hash, and of every array with its name, type and shape."""
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())

@@ -90,11 +90,11 @@ def test_chat_answers_and_leaves(folder, run, monkeypatch):
     assert next(said, None) is None
 
 
-def test_benchmark_and_perplexity(folder, run, monkeypatch):
+def test_benchmark_and_perplexity(folder, run, tmp_path):
     assert "generation_tps" in run("benchmark", "--model", folder, "-p", 16, "-g", 4, "-b", 2, "-n", 1)
-    tokens = mx.array(np.random.default_rng(0).integers(3, 300, (2, 24)))
-    monkeypatch.setattr("mlx_lm.perplexity.load_data", lambda *_, **__: tokens)  # its own would download a data set
-    assert "Perplexity" in run("perplexity", "--model", folder)
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"{PROMPT} a cat, number {n}. " * 4}) for n in range(4)))
+    printed = run("perplexity", "--model", folder, "--data-path", tmp_path, "--sequence-length", 24, "--num-samples", 2)
+    assert "Perplexity" in printed and "Total tokens: 48" in printed
 
 
 def test_convert_quantises_and_the_result_generates(folder, run, tmp_path):

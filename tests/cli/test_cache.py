@@ -4,7 +4,9 @@ import io
 import json
 import sys
 
+from radlads.tensors import read_header
 from radlads.tokenizer import Tokenizer
+from tests.models import tiny_teacher
 
 
 def test_a_question_goes_on_from_a_document_as_if_both_were_one_message(radlads, teacher, engine, tmp_path):
@@ -25,6 +27,21 @@ def test_an_answer_can_be_asked_further(radlads, teacher, engine, tmp_path):
     again = Tokenizer(teacher).decode(engine.fed[0], skip_special=False)
     assert again == "<|im_end|>\n<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n"
     assert len(whole["token_ids"]) == 4
+
+
+def test_a_file_says_what_it_is(radlads, teacher, engine, tmp_path):
+    radlads("generate", teacher, "-p", "hi", "-m", 4, "--save-state", tmp_path / "s")
+    page = radlads("inspect", tmp_path / "s", "--tensors").out
+    assert "the end of an answer" in page and "toy" in page and "logits" in page
+    found = json.loads(radlads("inspect", tmp_path / "s", "--config", teacher, "--json").out)
+    assert (found["kind"], found["fits"]) == ("state", True) and found["bytes"] == (tmp_path / "s").stat().st_size
+    other = tiny_teacher(tmp_path / "other", seed=1)
+    assert "not the one named" in radlads("inspect", tmp_path / "s", "--config", other).out
+    spoilt = bytearray((tmp_path / "s").read_bytes())
+    spoilt[read_header(tmp_path / "s")["logits"].start] ^= 1
+    (tmp_path / "s").write_bytes(spoilt)
+    damaged = radlads("inspect", tmp_path / "s")
+    assert damaged.status == 2 and "damaged" in damaged.err
 
 
 def test_text_goes_on_exactly_where_it_stopped(radlads, plain_teacher, engine, tmp_path):
