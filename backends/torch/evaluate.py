@@ -14,8 +14,9 @@ from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import unpack
 from radlads.folder import ModelFolder
 
-# Sequences per forward pass while measuring.
-ROWS = 16
+# Sequences per forward pass while measuring, and tokens whose logits exist at once: those of all would not fit beside two
+# models of a large vocabulary.
+ROWS, LOGITS_AT_ONCE = 16, 1024
 # Points of the curve of KL by position, at most; each stands for an equal stretch of the context.
 POSITIONS = 1024
 
@@ -37,19 +38,31 @@ class Compared:
 def compare(model: Model, samples: Tensor, teacher: Model | None = None) -> Compared:
     """`model` on samples (n, T + 1), beside its teacher where there is one."""
     device = next(model.parameters()).device
+    models = [model] if teacher is None else [model, teacher]
     found: list[tuple[Tensor, ...]] = []
     for rows in samples.split(ROWS):
         tokens, labels, *_ = unpack(rows.to(device))
-        counted = labels != IGNORED
-        log_p = model(tokens)[0].float().log_softmax(-1)
-        loss = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        part = [counted, loss * counted]
-        if teacher is not None:
-            target = teacher(tokens)[0].float().log_softmax(-1)
-            part.append((target.exp() * (target - log_p)).sum(-1) * counted)
-            part.append((target.argmax(-1) == log_p.argmax(-1)) & counted)
-        found.append(tuple(values.float().cpu() for values in part))
+        parts = [labels.flatten().split(LOGITS_AT_ONCE)]
+        parts += [one.model(tokens)[0].flatten(0, 1).split(LOGITS_AT_ONCE) for one in models]
+        judged = [judge(wanted, *map(log_probabilities, models, hidden)) for wanted, *hidden in zip(*parts, strict=True)]
+        found.append(tuple(torch.cat(values).view_as(labels).cpu() for values in zip(*judged, strict=True)))
     return Compared(*map(torch.cat, zip(*found, strict=True)))
+
+
+def log_probabilities(model: Model, hidden: Tensor) -> Tensor:
+    """log p (n, V) in float32 after the hidden states (n, D) of a model."""
+    return F.linear(hidden, model.head).float().log_softmax(-1)
+
+
+def judge(labels: Tensor, log_p: Tensor, target: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The fields of Compared for labels (n,), each (n,) float32, from log p (n, V) of a model and of its teacher."""
+    counted = labels != IGNORED
+    loss = F.nll_loss(log_p, labels, reduction="none", ignore_index=IGNORED)
+    if target is None:
+        return counted.float(), loss
+    kl = (target.exp() * (target - log_p)).sum(-1) * counted
+    agrees = (target.argmax(-1) == log_p.argmax(-1)) & counted
+    return counted.float(), loss, kl, agrees.float()
 
 
 def evaluate(model: Model, samples: Tensor, teacher: Model | None = None) -> dict[str, object]:
@@ -85,13 +98,17 @@ def limited_context_loss(model: Model, samples: Tensor, window: int) -> tuple[fl
     for rows in samples.split(ROWS):
         tokens, every_label, *_ = unpack(rows)
         labels = every_label[:, window - 1 :]
-        log_p = model(tokens)[0].float().log_softmax(-1)[:, window - 1 :]
-        full += float(F.nll_loss(log_p.flatten(0, 1), labels.flatten(), reduction="sum"))
+        full += loss_of(model, model.model(tokens)[0][:, window - 1 :].flatten(0, 1), labels.flatten())
         windows = tokens.unfold(1, window, 1).flatten(0, 1)
-        logits = F.linear(model.model(windows)[0][:, -1], model.head).float()
-        limited += float(F.cross_entropy(logits, labels.flatten(), reduction="sum"))
+        limited += loss_of(model, model.model(windows)[0][:, -1], labels.flatten())
         count += int((labels != IGNORED).sum())
     return full / max(1, count), limited / max(1, count)
+
+
+def loss_of(model: Model, hidden: Tensor, labels: Tensor) -> float:
+    """Cross-entropy of labels (n,) after hidden states (n, D), summed over those that count."""
+    parts = zip(hidden.split(LOGITS_AT_ONCE), labels.split(LOGITS_AT_ONCE), strict=True)
+    return sum(float(judge(wanted, log_probabilities(model, rows))[1].sum()) for rows, wanted in parts)
 
 
 def step0_kl(teacher: ModelFolder, student: ModelFolder, token_ids: Sequence[int]) -> dict[str, float]:
