@@ -1,15 +1,15 @@
 """Results as people read them (tables, notes) or as scripts do (`--json`); colour only on a terminal."""
 
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
+
+from radlads.files import plain
 
 SCHEMA = 1  # version of every JSON document printed
 LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
@@ -28,7 +28,7 @@ class Table:
 def print_result(result: Any, *, as_json: bool) -> None:
     """Print a verb's result dataclass: one JSON document, or the blocks of its `blocks()` method."""
     if as_json:
-        print(json.dumps({"schema": SCHEMA, **_plain(asdict(result))}, ensure_ascii=False))
+        print(json.dumps({"schema": SCHEMA, **plain(asdict(result))}, ensure_ascii=False))
         return
     blocks = result.blocks() if hasattr(result, "blocks") else _pairs(result)
     print_blocks(blocks)
@@ -159,16 +159,3 @@ def _print_rich(table: Table) -> None:
     for row in table.rows:
         drawn.add_row(*(Text(str(value)) for value in row))
     Console().print(drawn)
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types; NaN and infinity, which JSON lacks, become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

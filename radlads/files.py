@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -105,6 +106,21 @@ def deeper_than(value: object, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def plain(value: Any) -> Any:
+    """A value in JSON's own types: arrays and tensors as lists, NaN and infinity, which JSON lacks, as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return value
 
 
 def write_file(path: Path | str, data: bytes | str) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 
 import radlads
 from radlads.errors import fail
-from radlads.files import write_file
+from radlads.files import plain, write_file
 from radlads.recipe import Recipe, load_recipe
 
 RECIPE, RECORD, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
@@ -257,21 +257,6 @@ def when(record: dict[str, Any]) -> tuple[float, float]:
     """(stage, step) of a record for comparing; what belongs to no numbered stage comes first."""
     stage, step = record.get("stage"), record.get("step")
     return (stage if isinstance(stage, int) else -1, step if isinstance(step, int) else math.inf)
-
-
-def plain(value: Any) -> Any:
-    """JSON values: arrays and tensors as lists, numbers that are not finite as None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return value
 
 
 def environment() -> dict[str, Any]:
