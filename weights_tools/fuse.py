@@ -14,7 +14,7 @@ from radlads.quantised import KEYS
 from radlads.tensors import Raw, decode
 from radlads.weights_tools.convert import Conversion, write
 from radlads.weights_tools.formats import hf, mlx, open_source
-from radlads.weights_tools.formats.format import Output, Source, Writing
+from radlads.weights_tools.formats.format import FINISHED, Output, Source, Writing
 from radlads.weights_tools.formats.hf import folder_output
 from radlads.weights_tools.lazy import Lazy, narrowed, stored
 from radlads.weights_tools.output import Report
@@ -55,7 +55,7 @@ def fused(source: Source, adapter: Adapter) -> Source:
     """The source with the adapter in its tensors, and in its history."""
     changed = {name: with_change(tensor, name, adapter) for name, tensor in source.tensors.items()}
     about = {"kind": "fuse", "adapter": adapter.kind, "name": adapter.path.resolve().name, "sha256": adapter.content_hash()}
-    old = source.manifest or {"stage": None if source.spec.recurrent is None else 3}
+    old = source.manifest or {"stage": None if source.spec.recurrent is None else FINISHED}
     return replace(source, tensors=changed, manifest={**old, "history": [*old.get("history", []), about]})
 
 
@@ -99,4 +99,3 @@ def requantised(source: Source, writing: Writing, key: str, *, folder: ModelFold
             tensors[name] = tensor
     kept = {name: source.config[name] for name in KEYS if name in source.config}
     return folder_output(source, tensors, {"dtype": source.config.get("dtype"), **kept}, {"to": mlx.NAME}, key, {"format": "mlx"})
-

@@ -125,8 +125,7 @@ def tensor_scales(spec: ModelSpec, factors: Sequence[float]) -> dict[str, float]
         why, fix = "it needs four numbers, for q, k, v and o", "Write for example 1,1,0.3,0.5"
         raise fail("R101", where="transfer_scale", why=why, fix=fix)
     by_letter = dict(zip("qkvo", map(float, factors), strict=True))
-    scales = {name: by_letter[letter] for name, letter in projections(spec).items() if by_letter[letter] != 1.0}
-    return scales
+    return {name: by_letter[letter] for name, letter in projections(spec).items() if by_letter[letter] != 1.0}
 
 
 def student_tensors(

@@ -5,7 +5,6 @@ is finished lies in a hidden folder beside the store and is known by a hash of i
 is missing, even where another line was corrected in between.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,44 +15,31 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from radlads.data.chat import documents_of
 from radlads.data.documents import Piece
+from radlads.data.journal import Journal, link_or_copy, work_folder
+from radlads.data.shards import TokenizerLike, make_shard
 from radlads.data.sources import Source, payload
-from radlads.data.store import HEADER, SCHEMA, TokenStore, existing_store, is_store, schema
+from radlads.data.store import HEADER, SCHEMA, TokenStore, existing_store, is_store
 from radlads.errors import fail
-from radlads.files import as_output_error, check_free, make_parent, new_file, new_folder, sha256, write_file
+from radlads.files import as_output_error, check_free, make_parent, new_folder, sha256, write_file
 from radlads.tokenizer import Tokenizer
 
-# Characters of a unit, and characters handed to the tokenizer at once.
+# Characters of a unit.
 UNIT = 32 << 20
-BATCH = 4 << 20
 # Bytes of input from which on further processes are worth their start.
 WORTH_PROCESSES = 32 << 20
-JOURNAL = "journal.jsonl"
 PROBE = (
     "Aa zZ 0123 .,;:!?'\"()[]{}<>|\\/@#$%^&*-_=+~`\n\t  \n\nthe quick brown fox äöüß éèê 中文 日本語 한국어 русский العربية 🙂🚀"
 )
 
 Progress = Callable[[int, int | None], None]
-
-
-class TokenizerLike(Protocol):
-    """What `prepare` needs; `encode_batch(texts) -> list of token lists` is used too where there is one."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without special tokens."""
 
 
 def prepare(
@@ -128,14 +114,6 @@ def publish(folder: Path, out: Path, records: list[dict[str, Any]], about: dict[
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def shards(
     pieces: Iterator[Piece], tokenizer: TokenizerLike, eos_id: int | None, folder: Path, journal: "Journal", workers: int
 ) -> Iterator[dict[str, Any]]:
@@ -200,119 +178,6 @@ def unit_key(unit: list[Piece]) -> str:
     return digest.hexdigest()
 
 
-def make_shard(unit: list[Piece], tokenizer: TokenizerLike, eos_id: int | None, path: Path) -> dict[str, Any]:
-    """Tokenise one unit into the file `path`; returns its record. Raises R206, R301."""
-    masked = any(isinstance(piece.content, list) for piece in unit)
-    width = pa.uint16() if tokenizer.vocab_size <= 65536 else pa.uint32()
-    record: dict[str, Any] = {"key": path.stem, "file": path.name, "masked": masked, "tokens": 0, "counted": 0, "documents": 0}
-    with new_file(path) as file, pa.ipc.new_file(file, schema(width, masked)) as writer:
-        for rows in rows_of(unit, tokenizer, eos_id):
-            tokens = np.concatenate([row.tokens for row in rows])
-            counted = np.concatenate([row.counted for row in rows])
-            check_tokens(tokens, tokenizer.vocab_size, rows)
-            offsets = pa.array(np.cumsum([0, *(len(row.tokens) for row in rows)]), pa.int32())
-            values = pa.array(tokens.astype(width.to_pandas_dtype()))
-            columns = [pa.ListArray.from_arrays(offsets, values), pa.array([row.last for row in rows])]
-            if masked:
-                columns.append(pa.ListArray.from_arrays(offsets, pa.array(counted.astype(np.uint8))))
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema(width, masked)))
-            record["tokens"] += len(tokens)
-            record["counted"] += int(counted.sum())
-            record["documents"] += sum(row.last for row in rows)
-    return {**record, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-class Row:
-    """A row of a shard in the making."""
-
-    def __init__(self, last: bool, where: str) -> None:
-        self.last, self.where = last, where
-        self.parts: list[np.ndarray[Any, Any]] = []
-        self.flags: list[np.ndarray[Any, Any]] = []
-
-    def add(self, tokens: Sequence[int] | np.ndarray[Any, Any], counted: bool) -> None:
-        """Append tokens, all of which count as labels or none."""
-        self.parts.append(np.asarray(tokens, np.int64))
-        self.flags.append(np.full(len(tokens), counted))
-
-    @property
-    def tokens(self) -> np.ndarray[Any, Any]:
-        """All tokens, int64."""
-        return np.concatenate([np.zeros(0, np.int64), *self.parts])
-
-    @property
-    def counted(self) -> np.ndarray[Any, Any]:
-        """Which of them count as labels."""
-        return np.concatenate([np.zeros(0, bool), *self.flags])
-
-
-def rows_of(unit: list[Piece], tokenizer: TokenizerLike, eos_id: int | None) -> Iterator[list[Row]]:
-    """The rows of a unit, in groups of about BATCH characters."""
-    rows: list[Row] = []
-    texts: list[str] = []
-    places: list[tuple[Row, bool]] = []
-    for content, last, where in unit:
-        if isinstance(content, list):
-            documents = [[(part.text, part.counted) for part in found] for found in chats(content, tokenizer, where)]
-        else:
-            documents = [[(content, True)]]
-        for document in documents:
-            row = Row(last, where)
-            rows.append(row)
-            if isinstance(content, np.ndarray):
-                row.add(content, True)
-                continue
-            for text, counted in document:
-                texts.append(text)
-                places.append((row, counted))
-        if sum(map(len, texts)) >= BATCH or len(rows) >= 4096:
-            yield filled(rows, texts, places, tokenizer, eos_id)
-            rows, texts, places = [], [], []
-    if rows:
-        yield filled(rows, texts, places, tokenizer, eos_id)
-
-
-def filled(
-    rows: list[Row], texts: list[str], places: list[tuple[Row, bool]], tokenizer: TokenizerLike, eos_id: int | None
-) -> list[Row]:
-    """The rows with the tokens of their texts, and `eos_id` at the end of each document."""
-    many = getattr(tokenizer, "encode_batch", None)
-    encoded = many(texts) if many is not None else [tokenizer.encode(text) for text in texts]
-    chat = {id(row) for row, counted in places if not counted}
-    ends: frozenset[int] = getattr(tokenizer, "eos_ids", frozenset())
-    for ids, (row, counted) in zip(encoded, places, strict=True):
-        if id(row) in chat and counted:
-            # The answer ends with the token that ends a turn; what the template adds behind it nobody writes.
-            cut = max((place + 1 for place, token in enumerate(ids) if token in ends), default=len(ids))
-            row.add(ids[:cut], True)
-            row.add(ids[cut:], False)
-        else:
-            row.add(ids, counted)
-    if eos_id is not None:
-        for row in {id(row): row for row, _ in places}.values():
-            if row.last:
-                row.add([eos_id], id(row) not in chat)
-    return rows
-
-
-def chats(messages: list[dict[str, str]], tokenizer: TokenizerLike, where: str) -> Iterator[list[Any]]:
-    """The documents of a conversation by the tokenizer's template. Raises R301, R206."""
-    if not getattr(tokenizer, "has_chat_template", False):
-        why = "it holds conversations, and the tokenizer has no chat template"
-        raise fail("R206", where=where, why=why, fix="Use the tokenizer of a chat model, or data with plain text")
-    return documents_of(messages, tokenizer.chat, where)  # type: ignore[attr-defined]
-
-
-def check_tokens(tokens: np.ndarray[Any, Any], vocab_size: int, rows: list[Row]) -> None:
-    """R206, naming the document, for a token outside the vocabulary."""
-    if len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size):
-        return
-    row = next(row for row in rows if len(row.tokens) and not (row.tokens.min() >= 0 and row.tokens.max() < vocab_size))
-    token = int(row.tokens.max() if row.tokens.max() >= vocab_size else row.tokens.min())
-    why = f"it gives token {token}, the vocabulary has {vocab_size}"
-    raise fail("R206", where=row.where, why=why, fix="Use the tokenizer that belongs to the model")
-
-
 def read_all(sources: list[Source], progress: Progress | None) -> Iterator[Piece]:
     """The pieces of all documents of all sources."""
     sizes = [source.size() for source in sources]
@@ -326,79 +191,6 @@ def read_all(sources: list[Source], progress: Progress | None) -> Iterator[Piece
 
         yield from source.read(report)
         done += size or 0
-
-
-@contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """The hidden folder beside `out` that holds finished shards; it stays after a failure if there are any.
-
-    Raises R401 when another process works there.
-    """
-    folder = out.with_name(f".{out.name}.work")
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise fail("R401", where=out, why="another process is preparing it", fix="Wait for it to end") from None
-        try:
-            yield folder
-        finally:
-            if not any(folder.glob("*.arrow")):
-                shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-class Journal:
-    """Which units are finished: a line of JSON for each, after a first one with the options that all have in common."""
-
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self.path, self.records = folder / JOURNAL, dict[str, dict[str, Any]]()
-        self.file: IO[str] | None = None
-        known, *lines = self._lines() or [None]
-        if known != options:
-            for stale in folder.glob("*.arrow"):
-                stale.unlink()
-            write_file(self.path, json.dumps(options) + "\n")
-            lines = []
-        for record in lines:
-            shard = folder / record["file"]
-            if shard.is_file() and shard.stat().st_size == record["bytes"]:
-                self.records[record["key"]] = record
-
-    def _lines(self) -> list[Any]:
-        """The whole lines; a last one cut short by a kill is left out."""
-        try:
-            return [json.loads(line) for line in self.path.read_bytes().split(b"\n")[:-1]]
-        except (OSError, ValueError):
-            return []
-
-    def __enter__(self) -> "Journal":
-        # What a kill left of a last line is ended, so that the next stands on a line of its own.
-        write_file(self.path, self.path.read_bytes().rpartition(b"\n")[0] + b"\n")
-        self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def add(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Note a finished unit."""
-        assert self.file is not None
-        self.records[record["key"]] = record
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        return record
-
-    def result(self, task: "Future[dict[str, Any]] | dict[str, Any]") -> dict[str, Any]:
-        """The record of a unit, noted once it is finished."""
-        if isinstance(task, dict):
-            return task
-        record = task.result()
-        return record if record["key"] in self.records else self.add(record)
 
 
 def count_of(processes: int | None, sources: list[Source], tokenizer: TokenizerLike) -> int:

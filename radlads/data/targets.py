@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from radlads.data.prepare import Journal, link_or_copy, work_folder
+from radlads.data.journal import Journal, link_or_copy, work_folder
 from radlads.data.samples import Samples
 from radlads.data.store import OPEN_SHARDS, TokenStore, is_shard
 from radlads.errors import RadladsError, fail
