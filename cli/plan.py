@@ -87,8 +87,9 @@ def spread_text(stage: dict[str, Any], gpus: int) -> str:
 
 def plan(options: PlanOptions) -> PlanResult:
     """Reckon what a recipe takes; nothing is loaded and nothing runs."""
-    from radlads.costs import GPUS, as_json, fit, plan_run
+    from radlads.costs import GPUS, as_json, plan_run
     from radlads.errors import fail
+    from radlads.fitting import fit
 
     if options.gpus < 1:
         raise fail("R101", where="--gpus", why=f"it is {options.gpus}", fix="Give 1 or more")

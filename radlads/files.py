@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,12 @@ def sha256(path: Path | str) -> str:
     """SHA-256 of a file in hex; R201 if it cannot be read."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int]]:
+    """(name, size, time, inode) of files, to notice a change under our hands."""
+    stats = [(path, path.stat()) for path in sorted(paths) if path.exists()]
+    return [(path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:

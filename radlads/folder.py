@@ -20,7 +20,7 @@ from radlads import __version__
 from radlads.errors import RadladsError, fail
 from radlads.families import write_config
 from radlads.families.published import is_published, spec_of
-from radlads.files import check_space, new_folder, read_json, sha256, write_file
+from radlads.files import check_space, new_folder, read_json, sha256, stamps, write_file
 from radlads.mixers.table import Row
 from radlads.quantised import KEYS, Quantised, settings_of, take_quantised
 from radlads.spec import ModelSpec
@@ -292,7 +292,8 @@ def save_folder(
     check_target(final, source, overwrite)
     plan = {name: ((dtypes or {}).get(name, dtype), row.shape) for name, row in spec.tensors().items()}
     copied = inherited(source) if source else []
-    before = fingerprint(source)
+    inputs = {entry.path for entry in source.weights.values()} if source else set()
+    before = stamps(inputs)
     needed = sum(map(tensor_bytes, plan.values())) + sum(file.stat().st_size for file in copied)
     check_space(final.parent, needed)
     with new_folder(final, overwrite=overwrite) as folder:
@@ -307,7 +308,7 @@ def save_folder(
         kept |= code_keys(source, copied) if source else {}
         write_file(folder / CONFIG, to_json({**config, **kept, **(config_extra or {})}))
         write_shards(folder, tensors, plan)
-        if fingerprint(source) != before:
+        if stamps(inputs) != before:
             raise fail("R201", where=source.path if source else final, why="it changed while it was read", fix="Start again")
         history = list(source.manifest.get("history", [])) if source and source.manifest else []
         hashes = {file.name: sha256(file) for file in sorted(folder.iterdir())}
@@ -360,13 +361,6 @@ def code_keys(source: ModelFolder, copied: list[Path]) -> dict[str, Any]:
     if isinstance(classes, dict) and all(isinstance(x, str) and f"{x.partition('.')[0]}.py" in names for x in classes.values()):
         found["auto_map"] = classes
     return found
-
-
-def fingerprint(source: ModelFolder | None) -> list[tuple[str, int, int, int]]:
-    """(name, size, time, inode) of the weights files of a folder, to notice a change under our hands."""
-    paths = sorted({entry.path for entry in source.weights.values()}) if source else []
-    stats = [(path, path.stat()) for path in paths if path.exists()]
-    return [(path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
 
 
 def tensor_bytes(planned: Planned) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from radlads.errors import fail
-from radlads.files import read_json
+from radlads.files import read_json, stamps
 from radlads.folder import MANIFEST, check_ours
 from radlads.weights_tools.formats import FORMATS, open_source
 from radlads.weights_tools.formats.format import Output, Reading, Source, Writing, checked, work_key
@@ -84,10 +84,10 @@ def write(
     if is_done(final, output_plan, key, writing.single):
         clear(final)
         return Conversion(source, final, False, nbytes)
-    before = fingerprint(source)
+    before = stamps(source.inputs)
 
     def small_files(hashes: dict[str, str]) -> object:
-        if fingerprint(source) != before:
+        if stamps(source.inputs) != before:
             raise fail("R201", where=source.path, why="it changed while it was read", fix="Start again")
         return output_plan.small_files(hashes)
 
@@ -114,12 +114,6 @@ def check_apart(source: Source, final: Path) -> None:
     target, origin = final.resolve(), source.path.resolve()
     if target == origin or origin in target.parents or (target in origin.parents and target.suffix not in FILE_SUFFIXES.values()):
         raise fail("R401", where=final, why=f"it is, holds or lies in the input {origin}", fix="Choose another place")
-
-
-def fingerprint(source: Source) -> list[tuple[str, int, int, int]]:
-    """(name, size, time, inode) of the weights files, to notice a change under our hands."""
-    stats = [(path, path.stat()) for path in source.inputs if path.exists()]
-    return [(path.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
 
 
 def is_done(final: Path, planned: Output, key: str, single: bool) -> bool:

@@ -7,7 +7,8 @@ from math import prod
 import pytest
 
 from radlads.cli.plan import teacher_spec
-from radlads.costs import GPUS, Plan, fit, flops_per_token, gpu_called, plan_run, plan_stage, sizes, ways_of
+from radlads.costs import GPUS, Plan, flops_per_token, gpu_called, plan_run, plan_stage, sizes, ways_of
+from radlads.fitting import fit
 from radlads.recipe import Parallel, Recipe, Stage, load_recipe, recipe_names
 from radlads.shapes import SHAPES, known_shape
 from tests.teachers import TEACHERS
