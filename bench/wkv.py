@@ -2,10 +2,13 @@
 
 Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers [--peer-configs N]] [--cold] [--profile]
          [--segments] [--no-errors] [--float32-gates] [--unbounded]
+     python bench/wkv.py --raw [--shapes ...] [--ops ...]
      python bench/wkv.py --decode | --decode-model [--fused-step] [--profile] [--batches 1,8]
 Prints one row per op and shape, last. Calls are queued without waiting in between, as in training, and timed by events on the
 device; the L2 cache is overwritten before each. Floor: each bf16 input read once and each output written once, at the bandwidth
 of a large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
+--raw: from a mixer's projections (4 key/value heads), what lies before the recurrence alone and with it, by the mixers' own
+operations and by the fused kernels, each eager and compiled.
 """
 import argparse
 import math
@@ -24,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from radlads.backends.torch import layer_step
 from radlads.backends.torch.kernels import segments
 from radlads.backends.torch.kernels.decode import wkv6_step, wkv7_step
+from radlads.backends.torch.kernels.prologue import blended, wkv6_keys, wkv7_keys
 from radlads.backends.torch.kernels.wkv6 import wkv6
+from radlads.backends.torch.kernels.wkv6_plain import plain_repeat
 from radlads.backends.torch.kernels.wkv7 import wkv7
 
 BOUND = -0.6065306597126334
@@ -164,6 +169,92 @@ def measure(name: str, op: str, fn: Callable[..., Tensor], inputs: list[Tensor],
     return *times, row
 
 
+def raw_inputs(op: str, B: int, T: int, H: int, N: int) -> list[Tensor]:
+    """What RAD-RWKV6 (full gate) and a later layer of RAD-RWKV7 (variant C, low-rank gate) project, as `prepared` takes it."""
+    few = 4 if H % 4 == 0 else H
+    heads = (H, H, few, few, H) if op == "rwkv6" else (H, H, few, few, H, few, H)
+    return [torch.randn(B, T, n, N, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in heads]
+
+
+def prepared(op: str, fused: bool, r: Tensor, d: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """The inputs of the recurrence, in the order of NAMES."""
+    if op == "rwkv6":
+        log_w, k = wkv6_keys(d, k, clamp=-5.0, balance=True, fused=fused)
+        return r, k, plain_repeat(v, r.shape[2]), log_w.to(k.dtype)
+    a, first, mix = rest
+    log_w, k, removal, rate = wkv7_keys(d, k, a, "decay", fused=fused)
+    return r, log_w.to(k.dtype), k, blended(v, first, mix, fused=fused), removal, rate
+
+
+def from_raw(op: str, fused: bool, recurrence: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor]:
+    out = recurrence(*prepared(op, fused, *inputs))
+    return (blended(None, out, inputs[4], fused=fused) if op == "rwkv6" else out,)
+
+
+def raw_forms(op: str) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
+    """What is before the recurrence ("before") and all of it ("whole"), by the mixers' operations and by the kernels."""
+    def compiled(fn: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        return torch.compile(fn, fullgraph=True, dynamic=False)
+
+    recurrence, forms = ours(op, BOUND), {}
+    for part in ("before", "whole"):
+        for name, fused in (("mixer", False), ("kernels", True)):
+            def before(*inputs: Tensor, fused: bool = fused) -> tuple[Tensor, ...]:
+                return prepared(op, fused, *inputs)[1:]
+
+            def whole(*inputs: Tensor, fused: bool = fused) -> tuple[Tensor, ...]:
+                return from_raw(op, fused, recurrence, *inputs)
+
+            fn = before if part == "before" else whole
+            forms |= {f"{part} {name}": fn, f"{part} {name} compiled": compiled(fn)}
+    return forms
+
+
+def measure_raw(name: str, fn: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], bandwidth: float, flush: Tensor) -> str:
+    """One row: milliseconds forward and forward and backward, their floors, the backward's peak memory."""
+    made = fn(*inputs)
+    seeds = [torch.randn_like(x) for x in made]
+
+    def both() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(fn(*inputs), inputs, seeds, allow_unused=True)
+
+    def forward() -> None:
+        with torch.no_grad():
+            fn(*inputs)
+
+    read, written = (sum(x.nbytes for x in tensors) for tensors in ([x for x in both() if x is not None], made))
+    del made
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - held) / 2 ** 30
+    times = milliseconds(forward, flush), milliseconds(both, flush)
+    # The backward reads inputs and gradients of results, and writes gradients of inputs.
+    floors = [bytes_ / bandwidth * 1e3 for bytes_ in (read + written, 3 * read + 2 * written)]
+    shape = "x".join(map(str, inputs[0].shape))
+    return f"{name:32s} {shape:16s} {times[0]:7.3f} {times[1]:8.3f} {floors[0]:6.3f} {floors[1]:6.3f} " \
+           f"{100 * floors[0] / times[0]:5.1f} {100 * floors[1] / times[1]:5.1f} {peak:6.2f}"
+
+
+def raw_errors(op: str, N: int) -> list[str]:
+    """Relative RMS errors of the whole against float64, over 256 tokens of 4 heads, by the mixers' operations and the kernels."""
+    inputs = raw_inputs(op, 1, 256, 4, N)
+    want = [x.detach().double().requires_grad_() for x in inputs]
+    right = from_raw(op, False, lambda *x: exact(op, list(x)), *want)[0]
+    seed = torch.randn(right.shape, device=right.device)
+    right.backward(seed.double())
+    lines = []
+    for name, fused in (("mixer", False), ("kernels", True)):
+        got = [x.detach().clone().requires_grad_() for x in inputs]
+        found = from_raw(op, fused, ours(op, BOUND), *got)[0]
+        found.backward(seed.to(found.dtype))
+        pairs = [(found, right), *((x.grad, y.grad) for x, y in zip(got, want, strict=True))]
+        values = [((x.double() - y).norm() / y.norm()).item() for x, y in pairs]
+        labels = ("out", "r", "d", "k", "v", *(("gate",) if op == "rwkv6" else ("a", "v_first", "v_mix")))
+        lines.append(f"{op} {name} errors: " + " ".join(f"{n} {e:.1e}" for n, e in zip(labels, values, strict=True)))
+    return lines
+
+
 def replayed(fn: Callable[[int], object], sets: int, repeats: int = 20) -> float:
     """Milliseconds of one call, from replays of a CUDA graph that goes once through all sets of states."""
     fn(0)
@@ -260,6 +351,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="begin with an empty cache of compiled kernels")
     parser.add_argument("--profile", action="store_true", help="also print milliseconds per kernel")
     parser.add_argument("--float32-gates", action="store_true")
+    parser.add_argument("--raw", action="store_true", help="time from a mixer's projections, fused and by the mixers' operations")
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
     parser.add_argument("--decode-model", action="store_true", help="time a whole model of 7B, a token at a time, instead")
     parser.add_argument("--fused-step", action="store_true", help="--decode-model: a layer by few kernels, at batches up to 8")
@@ -279,6 +371,20 @@ def main() -> None:
     flush = torch.empty(2 ** 26, device="cuda")
     bandwidth = copy_bandwidth(flush)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    if options.raw:
+        rows = []
+        for op in options.ops.split(","):
+            for shape in options.shapes.split(","):
+                sizes = [int(size) for size in shape.split("x")]
+                if not any(row.startswith(op) for row in rows) and not options.no_errors:
+                    print(*raw_errors(op, sizes[3]), sep="\n", flush=True)
+                inputs = raw_inputs(op, *sizes)
+                for name, fn in raw_forms(op).items():
+                    rows.append(measure_raw(f"{op} {name}", fn, inputs, bandwidth, flush))
+                    print(rows[-1], flush=True)
+        print(f"{'form':32s} {'BxTxHxN':16s} {'fwd ms':>7s} {'f+b ms':>8s} {'floors ms':>13s} {'% of floor':>11s} {'GiB':>6s}")
+        print(*rows, sep="\n")
+        return
     if options.decode:
         for op in options.ops.split(","):
             for batch in (1, 32, 128):

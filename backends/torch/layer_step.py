@@ -13,7 +13,8 @@ from radlads.backends.torch.kernels.layer_step import (
     mix_kernel,
     project_kernel,
 )
-from radlads.backends.torch.layers import RWKV7_MIN_LOG_W, FeedForward
+from radlads.backends.torch.kernels.prologue import RWKV7_MIN_LOG_W
+from radlads.backends.torch.layers import FeedForward
 from radlads.backends.torch.mixers.rwkv7 import Rwkv7Mixer
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import MixContext

@@ -1,6 +1,5 @@
 """What every mixer and layer shares: norms, rotary positions, projections, feed-forward, gate."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,15 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radlads.backends.torch.kernels.prologue import blended, mixer_is_fused
 from radlads.mixers.table import TEACHER_NAMES, ProjectionNames
 from radlads.positions import inverse_frequencies, rope_amplitude, rope_depends_on_length, rope_length
 from radlads.spec import ModelSpec
 
 # Matrices of one input that have at most a tenth as many outputs as the input has rows make one product.
 ROWS_OF_JOINED = 10
-
-# 7.2, H.2: no decay is stronger than exp(-exp(-1/2)) per token.
-RWKV7_MIN_LOG_W = -math.exp(-0.5)
 
 
 class RMSNorm(nn.Module):
@@ -202,11 +199,6 @@ def with_base(h: Tensor, matrix: Tensor, base: Tensor) -> Tensor:
     return with_one @ F.pad(torch.cat([matrix, base], -2), (0, 0, 0, spare))
 
 
-def unit(k: Tensor) -> Tensor:
-    """7.4, H.6: k (..., N) over its norm, at least 1e-12, computed in float32."""
-    return F.normalize(k.float(), dim=-1, eps=1e-12).to(k.dtype)
-
-
 def gate_of(module: Any, spec: ModelSpec) -> tuple[nn.Module | Tensor, ...]:
     """What the input of the output gate is multiplied with; nothing where there is no gate."""
     if spec.mixer.gate == "full":
@@ -218,8 +210,10 @@ def gated(module: Any, spec: ModelSpec, p: Tensor, x: Sequence[Tensor]) -> Tenso
     """6.8, 7.9: p (B, T, C) times the output gate, from the products of its input with `gate_of`."""
     if not x:
         return p
-    gate = torch.sigmoid(x[0])
-    return p * (gate @ module.g2 if spec.mixer.gate == "lowrank" else gate)
+    if spec.mixer.gate == "lowrank":
+        return p * (torch.sigmoid(x[0]) @ module.g2)
+    values, logits = (y.unflatten(-1, (spec.H, spec.N)) for y in (p, x[0]))
+    return blended(None, values, logits, fused=mixer_is_fused(values)).flatten(2)
 
 
 class HeadNorm(nn.GroupNorm):

@@ -1,12 +1,12 @@
 """hxa079, hxa07A, hxa07B and hxa07C, equations H.1-H.11 of docs/mixers.md."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from radlads.backends.torch.kernels.decode import wkv7_step
+from radlads.backends.torch.kernels.prologue import RWKV7_MIN_LOG_W, mixer_is_fused, wkv7_keys
 from radlads.backends.torch.kernels.wkv7 import wkv7
-from radlads.backends.torch.layers import RWKV7_MIN_LOG_W, Projections, declare, repeat_heads, unit
+from radlads.backends.torch.layers import Projections, declare, repeat_heads
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.mixers.hxa import HXA_FORMS, HXA_NAMES
 from radlads.spec import ModelSpec
@@ -50,31 +50,27 @@ class HxaMixer(Projections):
         """x (B, T, D) to the output (B, T, D) and the state `wkv` (B, H, N, N)."""
         form, spec, mask = self.form, self.spec, context.mask
         r, k, v = self.project(x, x, x, context.cos_sin if spec.mixer.rope else None)  # H.1
-        d = (self.w0 + torch.tanh(x @ self.w1) @ self.w2).float()
-        log_w = self.heads(RWKV7_MIN_LOG_W * torch.sigmoid(d))  # H.2
-        a = self.heads(torch.sigmoid(self.a0 + x @ self.a1 @ self.a2))  # H.3
+        d = self.heads(self.w0 + torch.tanh(x @ self.w1) @ self.w2)
+        a = self.heads(self.a0 + x @ self.a1 @ self.a2)
         if form.residual:
             k, v = self.mixed_with_first(x, k, v, context.carry)
-        k = repeat_heads(k, spec.H)  # H.5
         if form.value_pair:
-            v = repeat_heads(v, spec.H) + 0.2 * self.heads(x @ self.v1 @ self.v2)
-        kappa = unit(k)  # H.6
-        factor = -torch.expm1(log_w) if form.true_decay else 1.5 + self.heads(F.softplus(-d))  # H.7: 1 - w, or 1 - L
-        k = k * (factor + a).to(k.dtype)
-        beta = kappa * a
+            v = repeat_heads(v, spec.H) + 0.2 * self.heads(x @ self.v1 @ self.v2)  # H.5
+        keys = "decay" if form.true_decay else "log"
+        log_w, k, removal, beta = wkv7_keys(d, k, a, keys, fused=mixer_is_fused(k))  # H.2, H.3, H.6, H.7
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * repeat_heads(v, spec.H) if form.bonus else None  # H.10
         if mask is not None:
             real = mask[..., None, None].to(k.dtype)
-            k, v, kappa, log_w = k * real, v * real, kappa * real, log_w * real.float()
+            k, v, removal, log_w = k * real, v * real, removal * real, log_w * real.float()
         log_w = log_w.to(r.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
         if context.in_place:  # H.8, H.9
             wkv = state["wkv"]
             p = wkv7_step(
-                r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], -kappa[:, 0], beta[:, 0], wkv, scale=spec.N**-0.5
+                r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], removal[:, 0], beta[:, 0], wkv, scale=spec.N**-0.5
             )[:, None]
         else:
             p, wkv = wkv7(
-                r, log_w, k, v, -kappa, beta, state.get("wkv"), scale=spec.N**-0.5, min_log_w=RWKV7_MIN_LOG_W,
+                r, log_w, k, v, removal, beta, state.get("wkv"), scale=spec.N**-0.5, min_log_w=RWKV7_MIN_LOG_W,
                 cu_seqlens=context.cu_seqlens,
             )  # fmt: skip
         p = (p if bonus is None else p + bonus).flatten(2)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.decode import wkv6_step
+from radlads.backends.torch.kernels.prologue import mixer_is_fused, wkv6_keys
 from radlads.backends.torch.kernels.wkv6 import wkv6
 from radlads.backends.torch.layers import (
     HeadNorm,
@@ -57,13 +58,9 @@ class Rwkv6Mixer(Projections):
             x_r, x_k, x_v, x_w, x_g = self.shifted(x, self.previous(x, state, context))
             new_state["shift"] = last_real(x, state, mask)
         q, k, v = self.project(x_r, x_k, x_v, context.cos_sin if opts.rope else None)  # 6.3
+        d = self.heads(self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2)
+        log_w, k = wkv6_keys(d, k, clamp=opts.clamp, balance=opts.balance, fused=mixer_is_fused(k))  # 6.4, 6.5
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-        d = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
-        log_w = -d.float().exp().unflatten(-1, (heads, -1))  # 6.4
-        if opts.clamp is not None:
-            log_w = log_w.clamp(min=opts.clamp)
-        if opts.balance:
-            k = (k * -torch.expm1(log_w)).to(k.dtype)  # 6.5: 1 - w without cancellation
         if mask is not None:
             real = mask[..., None, None].to(k.dtype)
             k, v, log_w = k * real, v * real, log_w * real.float()

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from radlads.backends.torch.kernels.decode import wkv7_step
+from radlads.backends.torch.kernels.prologue import RWKV7_MIN_LOG_W, blended, mixer_is_fused, wkv7_keys
 from radlads.backends.torch.kernels.wkv7 import wkv7
 from radlads.backends.torch.layers import (
-    RWKV7_MIN_LOG_W,
     HeadNorm,
     Projections,
     declare,
@@ -14,11 +14,13 @@ from radlads.backends.torch.layers import (
     gate_of,
     gated,
     repeat_heads,
-    unit,
     with_base,
 )
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.spec import ModelSpec
+
+# How each variant makes its keys (7.4).
+FORMS = {"A": "scaled_rate", "B": "scaled", "C": "decay"}
 
 
 class Rwkv7Mixer(Projections):
@@ -53,35 +55,28 @@ class Rwkv7Mixer(Projections):
         later = "v_first" in carry
         maps = (self.w1, self.a1, *((self.v1,) if later else ()), *gate_of(self, self.spec))
         r, k, v, x_w, x_a, *rest = self.project(x, x, x, context.cos_sin if opts.rope else None, maps)  # 7.1
-        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+        fused = mixer_is_fused(k)
         w0 = 2 * self.w0 if opts.variant == "A" else self.w0
-        log_w = self.heads(RWKV7_MIN_LOG_W * torch.sigmoid((w0 + torch.tanh(x_w) @ self.w2).float()))  # 7.2
-        a = self.heads(torch.sigmoid(with_base(x_a, self.a2, self.a0)))  # 7.3
-        if opts.variant == "C":  # 7.4
-            kappa = unit(k)
-            beta = kappa * a
-            k = k * (a - torch.expm1(log_w).to(a.dtype))  # 1 - w + a
-        else:
-            kappa = unit(k * self.heads(self.k_k))
-            key_scale = 1 + (a - 1) * self.heads(self.k_a)
-            beta = kappa * (key_scale if opts.variant == "A" else a)
-            k = k * key_scale
+        d = self.heads(w0 + torch.tanh(x_w) @ self.w2)
+        a = self.heads(with_base(x_a, self.a2, self.a0))
+        scales = () if opts.variant == "C" else (self.k_k, self.k_a)
+        log_w, k, removal, beta = wkv7_keys(d, k, a, FORMS[opts.variant], *scales, fused=fused)  # 7.2 to 7.4
         if later:  # 7.5
             x_v, *rest = rest
-            v = torch.lerp(v, carry["v_first"], self.heads(torch.sigmoid(with_base(x_v, self.v2, self.v0))))
+            v = blended(v, carry["v_first"], self.heads(with_base(x_v, self.v2, self.v0)), fused=fused)
         else:
-            carry["v_first"] = v
+            v = carry["v_first"] = v if fused else repeat_heads(v, heads)
         if mask is not None:
             real = mask[..., None, None].to(k.dtype)
-            k, v, kappa, log_w = k * real, v * real, kappa * real, log_w * real.float()
+            k, v, removal, log_w = k * real, v * real, removal * real, log_w * real.float()
         log_w = log_w.to(r.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
         scale = 1.0 if opts.groupnorm else self.spec.N**-0.5  # of 7.8
         if context.in_place:  # 7.6, 7.7
             wkv = state["wkv"]
-            p = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], -kappa[:, 0], beta[:, 0], wkv, scale=scale)[:, None]
+            p = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], removal[:, 0], beta[:, 0], wkv, scale=scale)[:, None]
         else:
             p, wkv = wkv7(
-                r, log_w, k, v, -kappa, beta, state.get("wkv"), scale=scale, min_log_w=RWKV7_MIN_LOG_W,
+                r, log_w, k, v, removal, beta, state.get("wkv"), scale=scale, min_log_w=RWKV7_MIN_LOG_W,
                 cu_seqlens=context.cu_seqlens,
             )  # fmt: skip
         p = p.flatten(2)
