@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from radlads.backends.torch import optim
 from radlads.backends.torch.compiled import compiled_layers
 from radlads.backends.torch.graphed import Graphed
+from radlads.backends.torch.kernels import prologue
 from radlads.backends.torch.memory import peak_gpu_bytes
 from radlads.backends.torch.mixers import rwkv7 as rwkv7_mixer
 from radlads.backends.torch.model import Model
@@ -371,7 +372,9 @@ def main() -> None:
     parser.add_argument("--tune", type=int, help="configurations of a kernel that flash-linear-attention's tuners may try")
     parser.add_argument("--warm-up", action="store_true", help="compile everything on two layers first")
     parser.add_argument("--turn", type=Path, metavar="FILE", help="begin to time when this file is there")
+    parser.add_argument("--fused-prologue", action="store_true", help="every form: kernels of kernels/prologue.py in the mixers")
     options = parser.parse_args()
+    prologue.FUSED_PROLOGUE = options.fused_prologue
     if not torch.cuda.is_available():
         sys.exit("bench/step.py needs a GPU")
     shape = TINY if options.shape == "tiny" else SHAPES[options.shape]

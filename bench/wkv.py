@@ -2,13 +2,14 @@
 
 Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers [--peer-configs N]] [--cold] [--profile]
          [--segments] [--no-errors] [--float32-gates] [--unbounded]
-     python bench/wkv.py --raw [--shapes ...] [--ops ...]
+     python bench/wkv.py --raw [--shapes ...] [--ops ...] [--graph-bytes]
      python bench/wkv.py --decode | --decode-model [--fused-step] [--profile] [--batches 1,8]
 Prints one row per op and shape, last. Calls are queued without waiting in between, as in training, and timed by events on the
 device; the L2 cache is overwritten before each. Floor: each bf16 input read once and each output written once, at the bandwidth
 of a large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
 --raw: from a mixer's projections (4 key/value heads), what lies before the recurrence alone and with it, by the mixers' own
-operations and by the fused kernels, each eager and compiled.
+operations and by the fused kernels, each eager and compiled. With --graph-bytes (which needs no GPU) it counts instead what the
+compiler's graphs of the mixers' operations read and write.
 """
 import argparse
 import math
@@ -169,11 +170,11 @@ def measure(name: str, op: str, fn: Callable[..., Tensor], inputs: list[Tensor],
     return *times, row
 
 
-def raw_inputs(op: str, B: int, T: int, H: int, N: int) -> list[Tensor]:
+def raw_inputs(op: str, B: int, T: int, H: int, N: int, device: str = "cuda") -> list[Tensor]:
     """What RAD-RWKV6 (full gate) and a later layer of RAD-RWKV7 (variant C, low-rank gate) project, as `prepared` takes it."""
     few = 4 if H % 4 == 0 else H
     heads = (H, H, few, few, H) if op == "rwkv6" else (H, H, few, few, H, few, H)
-    return [torch.randn(B, T, n, N, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in heads]
+    return [torch.randn(B, T, n, N, device=device, dtype=torch.bfloat16).requires_grad_() for n in heads]
 
 
 def prepared(op: str, fused: bool, r: Tensor, d: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -234,6 +235,25 @@ def measure_raw(name: str, fn: Callable[..., tuple[Tensor, ...]], inputs: list[T
     shape = "x".join(map(str, inputs[0].shape))
     return f"{name:32s} {shape:16s} {times[0]:7.3f} {times[1]:8.3f} {floors[0]:6.3f} {floors[1]:6.3f} " \
            f"{100 * floors[0] / times[0]:5.1f} {100 * floors[1] / times[1]:5.1f} {peak:6.2f}"
+
+
+def graph_bytes(op: str) -> str:
+    """What the compiler's graphs before the recurrence read and write, in tensors of the queries' size, beside the least."""
+    from torch._inductor import config, metrics
+    config.force_disable_caches = True
+    torch._logging.set_logs(inductor_metrics=True)  # else bytes are not counted
+    inputs = raw_inputs(op, 1, 64, 28, 128, "cuda" if torch.cuda.is_available() else "cpu")
+    metrics.reset()
+    counts = []
+    made = raw_forms(op)["before mixer compiled"](*inputs)
+    counts.append((metrics.num_bytes_accessed, metrics.generated_kernel_count))
+    grads = torch.autograd.grad(made, inputs, [torch.randn_like(x) for x in made], allow_unused=True)
+    counts.append((metrics.num_bytes_accessed - counts[0][0], metrics.generated_kernel_count - counts[0][1]))
+    read, written = (sum(x.nbytes for x in tensors) for tensors in ([x for x in grads if x is not None], made))
+    return f"{op} on {inputs[0].device.type}: " + "; ".join(
+        f"{name} {bytes_ / inputs[0].nbytes:.1f} by {kernels} kernels, at least {least / inputs[0].nbytes:.1f}"
+        for name, (bytes_, kernels), least in zip(
+            ("forward", "backward"), counts, (read + written, 2 * read + written), strict=True))
 
 
 def raw_errors(op: str, N: int) -> list[str]:
@@ -352,6 +372,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also print milliseconds per kernel")
     parser.add_argument("--float32-gates", action="store_true")
     parser.add_argument("--raw", action="store_true", help="time from a mixer's projections, fused and by the mixers' operations")
+    parser.add_argument("--graph-bytes", action="store_true", help="--raw: count the compiler's reads and writes, time nothing")
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
     parser.add_argument("--decode-model", action="store_true", help="time a whole model of 7B, a token at a time, instead")
     parser.add_argument("--fused-step", action="store_true", help="--decode-model: a layer by few kernels, at batches up to 8")
@@ -360,6 +381,9 @@ def main() -> None:
     parser.add_argument("--no-errors", action="store_true", help="times only: fewer kernels to compile")
     parser.add_argument("--unbounded", action="store_true", help="RWKV-7 without the decay bound")
     options = parser.parse_args()
+    if options.graph_bytes:
+        print(*(graph_bytes(op) for op in options.ops.split(",")), sep="\n")
+        return
     if not torch.cuda.is_available():
         sys.exit("bench/wkv.py needs an NVIDIA or AMD GPU")
     if options.cold:
