@@ -116,7 +116,8 @@ def check(options: ConvertOptions) -> None:
 
 def convert_adapter(options: ConvertOptions) -> ConvertResult:
     """Write an adapter in mlx-lm's format (mlx) or peft's (hf). R101 where neither the flag nor its config names its model."""
-    from radlads.adapters import base_of, rewrite_adapter
+    from radlads.adapted import rewrite_adapter
+    from radlads.adapters import base_of
     from radlads.folder import open_folder
 
     if options.to not in ("hf", "mlx") or options.quantize:

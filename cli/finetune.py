@@ -244,7 +244,7 @@ def test_batches(tuning: "Tuning", tokenizer: "Tokenizer", screen: Any) -> "Batc
 
 def tested(options: FinetuneOptions, tuning: "Tuning", folder: "ModelFolder", tokenizer: "Tokenizer") -> FinetuneResult:
     """The loss of the test examples under the model with its adapter, or alone where the adapter's path is empty."""
-    from radlads.adapters import with_adapter
+    from radlads.adapted import with_adapter
     from radlads.backends import open_engine
     from radlads.cli.progress import TrainingScreen
     from radlads.tuning.loop import scored_loss

@@ -47,7 +47,8 @@ class AdapterResult:
 
 def inspect_adapter(options: InspectOptions) -> AdapterResult:
     """Read an adapter's config and header, and hold it against its model where that is there. R201 to R205, R101."""
-    from radlads.adapters import base_of, check_fit, read_config, stored_adapter
+    from radlads.adapted import check_fit
+    from radlads.adapters import base_of, read_config, stored_adapter
     from radlads.errors import RadladsError, fail, printable
     from radlads.folder import open_folder
 

@@ -66,7 +66,7 @@ class ModelOptions:
 
     def open(self) -> OpenModel:
         """Open folder, tokenizer and engine; every error is raised before anything is computed."""
-        from radlads.adapters import with_adapter
+        from radlads.adapted import with_adapter
         from radlads.backends import open_engine
         from radlads.cli.render import note
         from radlads.folder import open_folder

@@ -114,6 +114,11 @@ def deeper_than(value: object, limit: int) -> bool:
     return True
 
 
+def to_json(value: object) -> str:
+    """JSON as the files of a model folder have it: two spaces, a line feed at the end."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
 def plain(value: Any) -> Any:
     """A value in JSON's own types: arrays and tensors as lists, NaN and infinity, which JSON lacks, as None."""
     if isinstance(value, dict):

@@ -3,7 +3,6 @@
 No code of a folder is ever run: `auto_map` and `model_file` are for other programs.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -12,15 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from radlads import __version__
+from radlads.adapters import CONFIG as ADAPTER
+from radlads.adapters import Adapter
 from radlads.errors import RadladsError, fail
 from radlads.families import write_config
 from radlads.families.published import is_published, spec_of
-from radlads.files import check_space, new_folder, read_json, sha256, stamps, write_file
+from radlads.files import check_space, new_folder, read_json, sha256, stamps, to_json, write_file
 from radlads.mixers.table import Row
 from radlads.quantised import KEYS, Quantised, settings_of, take_quantised
 from radlads.spec import ModelSpec
@@ -47,12 +48,8 @@ from radlads.tensors import (
     write_weights,
 )
 
-if TYPE_CHECKING:
-    from radlads.adapters import Adapter
-
 MANIFEST = "radlads.json"
 CONFIG = "config.json"
-ADAPTER = "adapter_config.json"
 VERDICT = "verify.json"  # what `radlads verify` found; true of this folder alone
 SCHEMA = 1
 SHARD_BYTES = 5_000_000_000
@@ -77,7 +74,7 @@ class ModelFolder:
     manifest: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()  # what had to be inferred of a published model
     quantised: dict[str, Quantised] = field(default_factory=dict)
-    adapter: "Adapter | None" = None  # what engines apply to the weights (radlads.adapters.with_adapter)
+    adapter: Adapter | None = None  # what engines apply to the weights (radlads.adapted.with_adapter)
 
     @property
     def name(self) -> str:
@@ -399,8 +396,3 @@ def split(plan: Plan) -> Iterator[dict[str, Planned]]:
         part[name] = planned
         size += tensor_bytes(planned)
     yield part
-
-
-def to_json(value: object) -> str:
-    """JSON as the files of a model folder have it: two spaces, a line feed at the end."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from radlads.adapters import Adapter, with_adapter
+from radlads.adapted import with_adapter
+from radlads.adapters import Adapter
 from radlads.errors import fail
 from radlads.folder import ModelFolder, open_folder
 from radlads.quantised import KEYS

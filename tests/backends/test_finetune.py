@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 
-from radlads.adapters import Settings, open_adapter, with_adapter, write_adapter, write_peft
+from radlads.adapted import open_adapter, with_adapter
+from radlads.adapters import Settings, write_adapter, write_peft
 from radlads.backends import open_engine, open_tuner
 from radlads.errors import RadladsError
 from radlads.folder import open_folder

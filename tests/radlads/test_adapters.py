@@ -3,18 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from radlads.adapters import (
-    CONFIG,
-    WEIGHTS,
-    Settings,
-    first_values,
-    open_adapter,
-    rewrite_adapter,
-    state_shapes,
-    with_adapter,
-    write_adapter,
-    write_tensors,
-)
+from radlads.adapted import open_adapter, rewrite_adapter, with_adapter
+from radlads.adapters import CONFIG, WEIGHTS, Settings, first_values, state_shapes, write_adapter, write_tensors
 from radlads.errors import RadladsError
 from radlads.folder import open_folder
 from radlads.states import model_fingerprint

@@ -12,7 +12,8 @@ import numpy as np
 
 import radlads
 from radlads.errors import RadladsError, fail
-from radlads.folder import SCHEMA, TOKEN_KEYS, check_rows, to_json
+from radlads.files import to_json
+from radlads.folder import SCHEMA, TOKEN_KEYS, check_rows
 from radlads.provenance import carried_license, hub_origin, license_of
 from radlads.spec import ModelSpec
 from radlads.tensors import Entry, Raw, decode

@@ -7,7 +7,7 @@ from typing import Any
 
 from radlads.families import write_config
 from radlads.families.layouts import write_layout
-from radlads.files import read_json
+from radlads.files import read_json, to_json
 from radlads.folder import (
     CONFIG,
     CONFIG_DTYPES,
@@ -17,7 +17,6 @@ from radlads.folder import (
     open_folder,
     split,
     tensor_bytes,
-    to_json,
 )
 from radlads.tensors import INDEX, SINGLE, Entry, Planned, layout
 from radlads.weights_tools.formats.format import Output, Reading, Source, StoredTensor, Writing, manifest_of, pieces_of, refuse

@@ -9,8 +9,8 @@ from typing import Any
 from radlads.errors import RadladsError, fail
 from radlads.families import write_config
 from radlads.families.published import spec_of
-from radlads.files import read_json
-from radlads.folder import CONFIG, CONFIG_DTYPES, MANIFEST, ModelFolder, config_path, inherited, placed, read_manifest, to_json
+from radlads.files import read_json, to_json
+from radlads.folder import CONFIG, CONFIG_DTYPES, MANIFEST, ModelFolder, config_path, inherited, placed, read_manifest
 from radlads.tensors import Entry
 from radlads.weights_tools.formats.format import Output, Reading, Source, StoredTensor, Writing, fit, manifest_of, pieces_of
 from radlads.weights_tools.formats.pth_file import read_pth
