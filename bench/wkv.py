@@ -1,9 +1,9 @@
 """Times the WKV training kernels on one GPU against the byte floor and, where importable, flash-linear-attention.
 
 Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers [--peer-configs N]] [--cold] [--profile]
-         [--segments] [--no-errors] [--float32-gates] [--unbounded]
+         [--no-segments] [--no-errors] [--float32-gates] [--unbounded]
      python bench/wkv.py --raw [--shapes ...] [--ops ...] [--graph-bytes]
-     python bench/wkv.py --decode | --decode-model [--fused-step] [--profile] [--batches 1,8]
+     python bench/wkv.py --decode | --decode-model [--step-rows N] [--profile] [--batches 1,8]
 Prints one row per op and shape, last. Calls are queued without waiting in between, as in training, and timed by events on the
 device; the L2 cache is overwritten before each. Floor: each bf16 input read once and each output written once, at the bandwidth
 of a large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
@@ -375,9 +375,10 @@ def main() -> None:
     parser.add_argument("--graph-bytes", action="store_true", help="--raw: count the compiler's reads and writes, time nothing")
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
     parser.add_argument("--decode-model", action="store_true", help="time a whole model of 7B, a token at a time, instead")
-    parser.add_argument("--fused-step", action="store_true", help="--decode-model: a layer by few kernels, at batches up to 8")
+    parser.add_argument("--step-rows", type=int, default=layer_step.MOST_ROWS, metavar="N",
+                        help="--decode-model: a layer by few kernels at batches up to N (at most 8; 0: by its modules)")
     parser.add_argument("--batches", default="1,8,64,128", help="--decode-model: rows, comma-separated")
-    parser.add_argument("--segments", action="store_true", help="cut long sequences where that is faster")
+    parser.add_argument("--no-segments", action="store_true", help="long sequences whole")
     parser.add_argument("--no-errors", action="store_true", help="times only: fewer kernels to compile")
     parser.add_argument("--unbounded", action="store_true", help="RWKV-7 without the decay bound")
     options = parser.parse_args()
@@ -391,7 +392,7 @@ def main() -> None:
     if options.peer_configs:
         limit_tuning(options.peer_configs)
     torch.manual_seed(0)
-    segments.SEGMENTS, layer_step.FUSED_STEP = options.segments, options.fused_step
+    segments.SEGMENTS, layer_step.MOST_ROWS = not options.no_segments, options.step_rows
     flush = torch.empty(2 ** 26, device="cuda")
     bandwidth = copy_bandwidth(flush)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)

@@ -38,9 +38,9 @@ def worst(model: Model, count: int) -> float:
     device = model.head.device
     torch.manual_seed(1)
     tokens = torch.randint(0, 300, (count, 7), device=device)
-    layer_step.FUSED_STEP = False
+    layer_step.MOST_ROWS = 0
     plain = Rows(model, count, 8)
-    layer_step.FUSED_STEP = True
+    layer_step.MOST_ROWS = 8
     fused = Rows(model, count, 8)
     assert fused.fused and not plain.fused
     errors = []
@@ -55,7 +55,7 @@ def worst(model: Model, count: int) -> float:
 
 
 def interpret() -> None:
-    layer_step.runs_kernels = lambda weight: layer_step.FUSED_STEP
+    layer_step.runs_kernels = lambda weight: True
     model = random_student()
     print(json.dumps(max(worst(model, count) for count in (1, 3))))
 
@@ -128,7 +128,7 @@ def test_adapters_and_many_rows_take_the_modules(monkeypatch) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_steps_equal_the_modules(monkeypatch) -> None:
-    monkeypatch.setattr(layer_step, "FUSED_STEP", False)
+    monkeypatch.setattr(layer_step, "MOST_ROWS", 0)
     model = random_student().cuda()
     assert max(worst(model, count) for count in (1, 3, 8)) < 1e-4
 

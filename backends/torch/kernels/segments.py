@@ -7,8 +7,8 @@ import torch
 
 from radlads.backends.torch.kernels.lang import tl, triton
 
-# Off until the kernels of this file have been measured on a card.
-SEGMENTS = False
+# A switch for measurements and tests.
+SEGMENTS = True
 # What the first walk and the join of a segment cost, in chunks of the second walk.
 LOCAL_COST, JOIN_COST = 0.4, 0.3
 SHORTEST_SEGMENT = 8
