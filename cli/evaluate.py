@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class EvalOptions(ModelOptions):
     """What to measure, on which files, beside whom."""
 
-    tasks: str = opt("lambada,blimp,bits,recall", "Comma-separated; names beyond ours are tasks of the harness.", metavar="NAMES")
+    tasks: str = opt(
+        "lambada,blimp,bits,recall", "Comma-separated, ours or the harness's; with --prompts may be empty.", metavar="NAMES"
+    )
     data: list[str] = opt([], "File or folder with lambada*.jsonl, blimp*.jsonl; may be given several times.", metavar="PATH")
     text: str | None = opt(None, "Held-out text for bits and kl.", metavar="FILE")
     against: str | None = opt(None, "Folder of the teacher to compare with.", metavar="DIR")
@@ -34,6 +36,11 @@ class EvalOptions(ModelOptions):
     seed: int = opt(0, "Seed of the recall items and of the bootstrap.")
     output_dir: str | None = opt(None, "Also write eval.json there.", metavar="DIR")
     json: bool = opt(False, "Print one JSON document.", "--json")
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks, in the order asked for; none at all leaves the prompts."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
 
 @dataclass
@@ -90,7 +97,8 @@ class EvalResult:
                 span = "" if f.relative_low is None else f"{f.relative_low:.4f} – {f.relative_high:.4f}"
                 row += ["" if f.teacher is None else f"{f.teacher:.4f}", kept, span]
             rows.append(row)
-        yield Table(columns, rows, right=tuple(columns[2:]))
+        if rows:
+            yield Table(columns, rows, right=tuple(columns[2:]))
         if self.exit_status:
             yield "NOT MET: a task keeps less of the teacher than --min-relative asks for."
         for shown in self.answers:
@@ -135,7 +143,7 @@ def evaluate(options: EvalOptions) -> EvalResult:
                 share = bootstrap(compare, *mine.items, *theirs.items, draws=options.draws, seed=options.seed)
                 figure.relative, figure.relative_low, figure.relative_high = share.value, share.low, share.high
         result.figures.append(figure)
-    if "kl" in options.tasks.split(","):
+    if "kl" in options.names:
         assert teacher is not None
         add_distance(result, student, teacher, options)
     if options.prompts is not None:
@@ -150,7 +158,9 @@ def evaluate(options: EvalOptions) -> EvalResult:
 
 def check(options: EvalOptions) -> None:
     """R101 for what cannot work, before anything is loaded."""
-    names = options.tasks.split(",")
+    names = options.names
+    if not names and options.prompts is None:
+        raise fail("R101", where="--tasks", why="there is nothing to measure", fix="Name tasks, or give `--prompts FILE`")
     if ("bits" in names or "kl" in names) and options.text is None:
         why, fix = "bits and kl need a held-out text", "Give one with `--text FILE`, or leave them out of `--tasks`"
         raise fail("R101", where="--text", why=why, fix=fix)
@@ -173,7 +183,7 @@ def measure(model: "OpenModel", options: EvalOptions, title: str) -> list[Measur
     from radlads.evals.recall import TASKS, recall_items, recalled
     from radlads.evals.statistics import mean
 
-    names, shown = options.tasks.split(","), progress_lines(title)
+    names, shown = options.names, progress_lines(title)
     found = harness_tasks(model, options, [name for name in names if name not in ("bits", "recall", "kl")], title)
     if "bits" in names:
         found.append(bits(model, options, title))

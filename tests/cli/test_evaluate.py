@@ -50,6 +50,12 @@ def test_a_model_beside_itself_keeps_everything(radlads, place: Path) -> None:
     assert done.status == 0 and "1.0000  1.0000 – 1.0000" in done.out
 
 
+def test_prompts_alone(radlads, place: Path) -> None:
+    prompts = ["--tasks", "", "--prompts", place / "prompts.txt", "-m", 2]
+    done = radlads("eval", place / "other", "--backend", "torch", *prompts)
+    assert done.status == 0 and done.out.strip().startswith("> Hello there"), done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -58,6 +64,7 @@ def test_a_model_beside_itself_keeps_everything(radlads, place: Path) -> None:
         (["--tasks", "bits", "--text", "nowhere.txt"], "no such file"),
         (["--tasks", "recall", "--lengths", "12,x"], "no list of lengths"),
         (["--tasks", "lambada"], "no files named lambada"),
+        (["--tasks", ""], "nothing to measure"),
         (["--tasks", "recall", "--draws", "3"], "below 100"),
     ],
 )
