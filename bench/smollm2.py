@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from smollm2_results import ANSWER_TOKENS, CONTEXTS, write
+
 from radlads.cli.launch import has_gpu
 from radlads.difficulty import read_difficulty, suggested
 from radlads.recipe import load_recipe
@@ -45,7 +47,6 @@ BOOKS = {"path": "smollm2/books", "weight": 3}
 OTHERS = [
     {"path": f"smollm2/{name}/store", "weight": weight} for name, weight in (("documents", 3), ("continued", 2), ("chat", 2))
 ]
-CONTEXTS = (512, 2048, 8192, 32768)
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Bench:
     def eval(self) -> None:
         """The teacher beside every finished model; recall alone for hybrids and their baseline."""
         data, options = Path(self.options.eval_data), self.options
-        small = [] if options.scale == 1 else ["--limit", 4, "--recall-items", 1, "--draws", 100, "--max-tokens", 4]
+        small = [] if options.scale == 1 else ["--limit", 4, "--recall-items", 1, "--draws", 100]
         teacher = self.teacher if self.teacher.is_dir() else options.teacher
         long = "256,512,1024,2048,4096,8192" if options.scale == 1 else "256"
 
@@ -249,7 +250,7 @@ class Bench:
             tasks = "lambada,blimp,bits,kl,recall" if whole else "recall"
             words: list[object] = ["eval", self.runs / name / "model", "--against", teacher, "--tasks", tasks, "--lengths", long]
             words += ["--recall-items", 50, "--data", data, "--text", options.valid, *small]
-            words += ["--prompts", ROOT / "bench" / "prompts.txt"] if whole else []
+            words += ["--prompts", ROOT / "bench" / "prompts.txt", "-m", ANSWER_TOKENS] if whole else []
             return lambda gpu: self.radlads(*words, "--output-dir", self.runs / name / "eval", gpu=gpu, log=f"eval-{name}")
 
         names = [path.parent.name for path in sorted(self.runs.glob("*/run.json")) if self.done(path.parent.name)]
@@ -308,8 +309,6 @@ class Bench:
 
     def results(self) -> None:
         """docs/results.md from all that is there."""
-        from smollm2_results import write
-
         write(self.runs, Path(self.options.docs))
 
 

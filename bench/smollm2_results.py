@@ -17,6 +17,7 @@ H100_FLOPS = 989e12
 TITLES = {"rwkv7": "RAD-RWKV7", "rwkv6": "RAD-RWKV6"}  # the models, by their runs
 MARKS = (1, 5, 10, 20, 50, 100, 150, 200, 250, 300, 600)  # million tokens at which the curve is tabled, or a sixth beside
 CONTEXTS = (512, 2048, 8192, 32768)
+ANSWER_TOKENS = 32  # of an answer to a prompt, at most
 MINUTES = (50, 35)  # of 100 M and 500 M tokens: the bar, and the stretch
 # What the recipe is after: of LAMBADA and BLiMP the share kept of what the teacher knows beyond chance.
 AIMS: tuple[tuple[tuple[str, str], str, str, Callable[[float], bool]], ...] = (
@@ -329,7 +330,7 @@ def answers(runs: Runs, names: list[str]) -> list[str]:
         return []
     columns = ["teacher", *(TITLES[name] for name in names)]
     rows = [[flat(prompt), *(flat(cells.get(column, "")) for column in columns)] for prompt, cells in said.items()]
-    about = "Greedy, through the chat template, cut after as many tokens as were asked for; nothing was chosen.\n"
+    about = f"Greedy, through the chat template, cut after {ANSWER_TOKENS} tokens; all prompts of bench/prompts.txt.\n"
     return ["## Chat\n", about, table(["prompt", *columns], rows)]
 
 
