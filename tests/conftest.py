@@ -1,6 +1,19 @@
-"""The order of the tests: those that train whole models come first, so that no process is left alone with them at the end."""
+"""Which tests run, and in which order: those that train whole models come first, so that no process is left alone with them."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+
+NEEDS_MLX = re.compile(r"^(import mlx|from mlx|from mlx_lm|from radlads\.backends\.mlx)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Without MLX, as on a machine with a GPU for PyTorch, files that compare with it are left out, and the others run."""
+    if find_spec("mlx") is not None or collection_path.suffix != ".py":
+        return None
+    return True if NEEDS_MLX.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
