@@ -112,7 +112,7 @@ def layers(text: str) -> tuple[int, ...]:
     found: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         first, _, last = part.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or len(part) > 20:
+        if not first.isdecimal() or not (last or first).isdecimal() or len(part) > 20 or int(last or first) < int(first):
             fix = "Write for example `--keep-softmax 3,7,11`"
             raise fail("R101", where="--keep-softmax", why=f"{part!r} is no layer number", fix=fix)
         found.update(range(int(first), min(int(last or first), int(first) + 4096) + 1))

@@ -20,7 +20,7 @@ class PlanOptions:
     recipe: str | None = arg("Name of a built-in recipe or a YAML file; tiny without one.", metavar="RECIPE", default=None)
     teacher: str | None = opt(None, "A teacher's folder, or the name of a known one, instead of the recipe's.", metavar="TEACHER")
     student_arch: StudentArch | None = opt(None, "Mixer of the student, instead of the recipe's.")
-    set: list[str] = opt([], "Change a value of the recipe: stages.0.micro_batch=4.", metavar="KEY=VALUE")
+    set: list[str] = opt([], "Change a value, such as stages.0.micro_batch=4; may be given several times.", metavar="KEY=VALUE")
     gpus: int = opt(1, "How many GPUs, of one host or of several.")
     gpu_type: Literal["h100", "h200", "a100", "b200"] = opt("h200", "Which GPU.")
     price_per_gpu_hour: float | None = opt(None, "What an hour of one GPU costs, in any currency.")

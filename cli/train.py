@@ -33,7 +33,7 @@ class TrainOptions:
     measure_difficulty: bool = opt(
         False, "Run step 1 alone, in every layer, and say which layers are the hardest to convert.", "--measure-difficulty"
     )
-    set: list[str] = opt([], "Change a value of the recipe: stages.0.lr=1e-3.", metavar="KEY=VALUE")
+    set: list[str] = opt([], "Change a value, such as stages.0.lr=1e-3; may be given several times.", metavar="KEY=VALUE")
     output_dir: str | None = opt(None, "Folder of the run; runs/<recipe>-<arch> without it.", metavar="DIR")
     resume: Literal["auto", "never"] = opt("auto", "Go on with a run begun in the folder, or refuse to.")
     report_to: list[str] = opt([], "Also log to tensorboard, wandb or trackio.", metavar="TRACKER")

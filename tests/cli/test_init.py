@@ -50,6 +50,7 @@ def test_distance_to_the_teacher_is_measured(radlads, teacher, tmp_path, monkeyp
     [
         (["--keep-softmax", "9"], "R101"),
         (["--keep-softmax", "0,x"], "R101"),
+        (["--keep-softmax", "1-0"], "R101"),
         (["--keep-softmax", "0,1"], "R101"),
         (["--set", "student.gat=full"], "R101 .*nearest is student.gate"),
         (["--set", "gate=5"], "R101 .*not a word"),
