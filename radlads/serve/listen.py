@@ -11,6 +11,7 @@ from radlads.errors import fail
 from radlads.serve.worker import Worker
 
 GRACE_SECONDS = 5  # for clients that do not take what was written before the server was told to stop
+KEEP_ALIVE_SECONDS = 75  # longer than the 60 of usual proxies, so that none sends a request while its connection is being closed
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -40,6 +41,10 @@ class Stoppable(uvicorn.Server):
 def run(app: FastAPI, worker: Worker, listener: socket.socket) -> None:
     """Serve until a signal comes."""
     config = uvicorn.Config(
-        app, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+        app,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
     )
     Stoppable(config, worker).run(sockets=[listener])
