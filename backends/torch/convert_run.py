@@ -330,13 +330,13 @@ def publish(stage_folder: Path, model: Path) -> None:
 
 
 def check_order(student: ModelFolder, first: Stage) -> None:
-    """R103 unless `student` has been through the stage before `first` (or a later start is plainly wrong)."""
+    """R103 unless `student` has been through the stage before `first`, or through that stage: then it goes on with more of it."""
     done = student.stage
-    if done is None or done >= first.number or (first.number >= 2 and done == 0):
+    if done is None or done > first.number or (first.number >= 2 and done == 0):
         why = f"it has been through stage {done}, and the recipe begins with stage {first.number} ({first.kind})"
         raise fail(
             "R103",
             where=student.path,
             why=why,
-            fix=f"Begin with a folder of stage {first.number - 1}, or with stages that follow",
+            fix=f"Begin with a folder of stage {first.number - 1} or {first.number}, or with stages that follow",
         )

@@ -1,12 +1,14 @@
 """Losses, optimiser and stage loop, against formulas written out again here."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from radlads.backends.torch.compiled import compiled_layers, layers_compiled
+from radlads.backends.torch.convert_run import check_order
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import aligned, alignment_errors
 from radlads.backends.torch.optim import Optimizer, trainable
@@ -14,6 +16,7 @@ from radlads.backends.torch.parallel import Task, mixers_of, runnable
 from radlads.backends.torch.trainer import run_stage
 from radlads.data.prepare import prepare
 from radlads.data.samples import Corpus
+from radlads.errors import RadladsError
 from radlads.recipe import Recipe
 from radlads.runs import begin_run
 from radlads.schedule import learning_rate
@@ -219,3 +222,16 @@ def test_layers_compile_to_few_whole_graphs(mixer: str) -> None:
     kinds = 1 + (mixer == "rwkv7")
     assert (whole, len(graphs)) == (kinds, 2 * kinds)
     torch.testing.assert_close((found, errors), wanted)
+
+
+@pytest.mark.parametrize("done,kind,good", [
+    (0, "align", True), (1, "align", True), (1, "distill", True), (2, "distill", True), (2, "lm", True), (3, "lm", True),
+    (None, "align", False), (2, "align", False), (3, "distill", False), (0, "distill", False),
+])  # fmt: skip
+def test_a_run_begins_after_the_stage_before_or_goes_on_with_its_own(done: int | None, kind: str, good: bool) -> None:
+    folder, first = SimpleNamespace(stage=done, path=Path("student")), recipe(kind=kind).stages[0]
+    if good:
+        check_order(folder, first)
+    else:
+        with pytest.raises(RadladsError, match="R103"):
+            check_order(folder, first)
