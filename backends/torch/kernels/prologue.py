@@ -103,17 +103,18 @@ def wkv7_keys(d: Tensor, k: Tensor, a: Tensor, form: str, k_k: Tensor | None = N
         raise ValueError(f"form {form!r} with{'out' if k_k is None or k_a is None else ''} k_k and k_a")
     if fused:
         return wkv7_keys_op(d, k, a, k_k, k_a, form)
-    d = d.float()
-    log_w = RWKV7_MIN_LOG_W * torch.sigmoid(d)
-    a = torch.sigmoid(a)
-    k = plain_repeat(k, d.shape[2])
+    # Logits in the layout their products have: so do their gradients, which then need no copy.
+    heads, d = d.shape[2:], d.flatten(2).float()
+    log_w = (RWKV7_MIN_LOG_W * torch.sigmoid(d)).unflatten(-1, heads)
+    a = torch.sigmoid(a.flatten(2)).unflatten(-1, heads)
+    k = plain_repeat(k, heads[0])
     if k_k is not None and k_a is not None:
         kappa = unit(k * k_k.view(k.shape[2:]))
         key_scale = 1 + (a - 1) * k_a.view(k.shape[2:])
         return log_w, k * key_scale, -kappa, kappa * (key_scale if form == "scaled_rate" else a)
     kappa = unit(k)
     if form == "log":
-        return log_w, k * (1.5 + F.softplus(-d) + a).to(k.dtype), -kappa, kappa * a  # 1 - L + a
+        return log_w, k * (1.5 + F.softplus(-d).unflatten(-1, heads) + a).to(k.dtype), -kappa, kappa * a  # 1 - L + a
     return log_w, k * (a - torch.expm1(log_w).to(a.dtype)), -kappa, kappa * a  # 1 - w + a
 
 
