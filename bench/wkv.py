@@ -3,7 +3,7 @@
 Run: python bench/wkv.py [--shapes 32x512x28x128,...] [--ops rwkv7,rwkv6] [--peers [--peer-configs N]] [--cold] [--profile]
          [--no-segments] [--no-errors] [--float32-gates] [--unbounded]
      python bench/wkv.py --raw [--shapes ...] [--ops ...] [--graph-bytes]
-     python bench/wkv.py --decode | --decode-model [--step-rows N] [--profile] [--batches 1,8]
+     python bench/wkv.py --decode [--slots] | --decode-model [--step-rows N] [--profile] [--batches 1,8]
 Prints one row per op and shape, last. Calls are queued without waiting in between, as in training, and timed by events on the
 device; the L2 cache is overwritten before each. Floor: each bf16 input read once and each output written once, at the bandwidth
 of a large copy measured in the same run. Errors: relative RMS against a float64 recurrence over the first 256 tokens of 2 heads.
@@ -294,23 +294,29 @@ def replayed(fn: Callable[[int], object], sets: int, repeats: int = 20) -> float
     return statistics.median(times) / sets
 
 
-def decode(op: str, batch: int, H: int, N: int) -> str:
-    """One token of every row, states in place, beside a copy of the same states; more states than the L2 cache holds."""
+def decode(op: str, batch: int, H: int, N: int, by_slots: bool) -> str:
+    """One token of every row, states in place, beside a copy of the same states; more states than the L2 cache holds.
+
+    by_slots: each row has its state anywhere in one pool, in no order.
+    """
     sets = max(4, math.ceil(2 ** 28 / (batch * H * N * N * 4)))
     states = torch.randn(sets, batch, H, N, N, device="cuda")
     target = torch.empty_like(states)
     inputs = [x[:, 0].detach() for x in draw(op, batch, 1, H, N, torch.bfloat16)]
+    pool = states.flatten(0, 1)
+    slots = torch.randperm(len(pool), device="cuda").to(torch.int32).view(sets, batch)
 
     def step(i: int) -> object:
+        where = (pool, slots[i]) if by_slots else (states[i], None)
         if op == "rwkv7":
-            return wkv7_step(*inputs, states[i])
-        return wkv6_step(*inputs, states[i], scale=N ** -0.5)
+            return wkv7_step(*inputs, where[0], slots=where[1])
+        return wkv6_step(*inputs, where[0], scale=N ** -0.5, slots=where[1])
 
     ours, copied = replayed(step, sets), replayed(lambda i: target[i].copy_(states[i]), sets)
     moved = 2 * states[0].nbytes + 2 * (len(inputs) + 1) * inputs[0].numel()
     rate = 100 * moved / (2 * states[0].nbytes) * copied / ours
-    return (f"{op} step   batch {batch:4d}  {1e3 * ours:8.2f} us   copy of the state {1e3 * copied:8.2f} us   "
-            f"{rate:5.1f} % of its speed")
+    return (f"{op} step{' by slots' if by_slots else ''}   batch {batch:4d}  {1e3 * ours:8.2f} us   "
+            f"copy of the state {1e3 * copied:8.2f} us   {rate:5.1f} % of its speed")
 
 
 def decode_model(arch: str, batches: list[int], profiled: bool, bandwidth: float) -> list[str]:
@@ -374,6 +380,7 @@ def main() -> None:
     parser.add_argument("--raw", action="store_true", help="time from a mixer's projections, fused and by the mixers' operations")
     parser.add_argument("--graph-bytes", action="store_true", help="--raw: count the compiler's reads and writes, time nothing")
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
+    parser.add_argument("--slots", action="store_true", help="--decode: each row's state anywhere in one pool, in no order")
     parser.add_argument("--decode-model", action="store_true", help="time a whole model of 7B, a token at a time, instead")
     parser.add_argument("--step-rows", type=int, default=layer_step.MOST_ROWS, metavar="N",
                         help="--decode-model: a layer by few kernels at batches up to N (at most 8; 0: by its modules)")
@@ -413,7 +420,7 @@ def main() -> None:
     if options.decode:
         for op in options.ops.split(","):
             for batch in (1, 32, 128):
-                print(decode(op, batch, 28, 128), flush=True)
+                print(decode(op, batch, 28, 128, options.slots), flush=True)
         return
     if options.decode_model:
         for op in options.ops.split(","):
