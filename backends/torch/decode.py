@@ -64,14 +64,8 @@ class Rows:
         for layer, mixer, held in zip(layers, self.model.spec.mixers, self.layers, strict=True):
             if mixer == "softmax":
                 x = x + self.attend(layer.self_attn, layer.input_layernorm(x), context, held, filled)
-            elif self.fused:
-                x = mixed_step(layer, x[:, 0], context, held["wkv"])[:, None]
             else:
-                mixed, new = layer.self_attn(layer.input_layernorm(x), context, held)
-                for name, value in new.items():
-                    if value is not held[name]:
-                        held[name].copy_(value)
-                x = x + mixed
+                x = recurrent_step(layer, x, context, held, self.fused)
             x = fed_step(layer, x[:, 0])[:, None] if self.fused else x + layer.mlp(layer.post_attention_layernorm(x))
         self.seen += 1
         return decoder.norm(x)[:, 0]
@@ -82,6 +76,24 @@ class Rows:
         for name, value in (("k", k), ("v", v)):
             held[name].index_copy_(2, self.seen, value.transpose(1, 2))
         return mixer.output_of(attend(q[:, 0], held["k"], held["v"], filled).flatten(1))[:, None]
+
+
+def recurrent_step(layer: Any, x: Tensor, context: MixContext, held: LayerState, fused: bool) -> Tensor:
+    """x (B, 1, D) plus the layer's mixer of its norm; the states `held`, or those of them in context.slots, in place."""
+    if fused:
+        return mixed_step(layer, x[:, 0], context, held)[:, None]
+    slots = context.slots
+    # The recurrence finds its states in the pool by itself; the others are small.
+    mine = {name: value if slots is None or name == "wkv" else value[slots] for name, value in held.items()}
+    mixed, new = layer.self_attn(layer.input_layernorm(x), context, mine)
+    for name, value in new.items():
+        if name == "wkv":
+            continue
+        if slots is None:
+            held[name].copy_(value)
+        else:
+            held[name].index_copy_(0, slots.long(), value)
+    return x + mixed
 
 
 def captured(step: Callable[[], None], rows: Rows, generator: torch.Generator) -> Callable[[], None]:

@@ -24,7 +24,8 @@ class ModelState:
 class MixContext:
     """What all layers of one call share; `carry` holds the first recurrent layer's values (7.5), and keys (H.4).
 
-    in_place: one token of every row, without gradients; states that are given are overwritten with the new ones.
+    in_place: one token of every row, without gradients; the states `wkv` that are given are overwritten with the new ones.
+    slots (B,), only then: which state of a pool is each row's, as in kernels.decode; None is row i in place i.
     """
 
     cos_sin: tuple[Tensor, Tensor]
@@ -32,6 +33,7 @@ class MixContext:
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     in_place: bool = False
+    slots: Tensor | None = None
     carry: dict[str, Tensor] = field(default_factory=dict)
 
 

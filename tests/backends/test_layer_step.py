@@ -4,6 +4,7 @@ Interpreted and compiled in processes of their own: `python -m tests.backends.te
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def random_student(kept: tuple[int, ...] = (1,), family: str = "qwen2", arch: str = "rwkv7", **options: object) -> Model:
     """A student of three layers with random weights."""
     teacher = ModelSpec(
-        family, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=300,
+        family, hidden_size=64, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=300,
         rope_theta=54321.0, qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
     )  # fmt: skip
     model = Model(teacher.as_student(arch, kept, **options)).requires_grad_(False)
@@ -34,11 +35,11 @@ def random_student(kept: tuple[int, ...] = (1,), family: str = "qwen2", arch: st
 
 
 def worst(model: Model, count: int) -> float:
-    """The largest relative RMS difference of hidden states and of states over four tokens, after a prompt of three."""
+    """The largest relative RMS difference of hidden states and of states over two tokens, after a prompt of three."""
     device = model.head.device
     torch.manual_seed(1)
-    tokens = torch.randint(0, 300, (count, 7), device=device)
-    layer_step.MOST_ROWS = 0
+    tokens = torch.randint(0, 300, (count, 5), device=device)
+    layer_step.FUSED_STEP = False
     plain = Rows(model, count, 8)
     layer_step.MOST_ROWS = 8
     fused = Rows(model, count, 8)
@@ -46,18 +47,26 @@ def worst(model: Model, count: int) -> float:
     errors = []
     for rows in (plain, fused):
         rows.begin(tokens[:, :3])
-    for t in range(3, 7):
+    for t in (3, 4):
         want, got = plain.step(tokens[:, t]).double(), fused.step(tokens[:, t]).double()
         errors.append(float((got - want).norm() / want.norm()))
     for mine, other in zip(fused.layers, plain.layers, strict=True):
         errors += [float((mine[name] - other[name]).norm() / other[name].norm()) for name in mine]
+    assert all(math.isfinite(error) for error in errors), errors
     return max(errors)
 
 
+STUDENTS = {
+    "rwkv7": {},
+    "rwkv6": {"arch": "rwkv6"},
+    "rwkv6-ablated": {"kept": (), "family": "llama", "arch": "rwkv6", "rope": True, "balance": False, "clamp": None},
+}
+
+
 def interpret() -> None:
-    layer_step.runs_kernels = lambda weight: True
-    model = random_student()
-    print(json.dumps(max(worst(model, count) for count in (1, 3))))
+    layer_step.runs_kernels = lambda weight: layer_step.FUSED_STEP
+    counts = {"rwkv7": (1, 3), "rwkv6": (1,), "rwkv6-ablated": (3,)}
+    print(json.dumps({name: [worst(random_student(**STUDENTS[name]), n) for n in tried] for name, tried in counts.items()}))
 
 
 def compile_kernels() -> None:
@@ -67,23 +76,31 @@ def compile_kernels() -> None:
     from triton.compiler import ASTSource
 
     from radlads.backends.torch.kernels import layer_step as kernels
+    from radlads.backends.torch.kernels import layer_step_rwkv6 as kernels6
     from tests.backends.test_kernels_triton import stack_bytes
 
     sizes = {"K": 3584, "C": 3584, "CKV": 512, "RW": 96, "RA": 96, "RV": 64, "RG": 256, "BIAS": True, "H": 28, "HKV": 4,
-             "N": 128, "BN": 128, "BV": 4, "ROPE": True, "MIX_FIRST": True, "BR": 32}  # fmt: skip
-    floats, scalars = ("qkv", "low", "parts", "v_first", "state"), {"count": "i32", "rows": "i32", "eps": "fp32", "scale": "fp32"}
+             "N": 128, "BN": 128, "BV": 4, "ROPE": True, "MIX_FIRST": True, "BR": 32, "R": 96, "WIDTH": 480, "BALANCE": True,
+             "ANGLES": 64, "HAS_SLOTS": True}  # fmt: skip
+    floats = ("qkv", "low", "parts", "v_first", "state", "qkvg", "log_w")
+    scalars = {"slots": "*i64"} | dict.fromkeys(("count", "rows", "pool"), "i32")
+    scalars |= dict.fromkeys(("eps", "scale", "clamp"), "fp32")
+    special = {"expand": {"COLS": 64}, "decay": {"COLS": 64}, "shift": {"COLS": 32, "BK": 1024}}
+    special["shift_low"] = {"COLS": 8, "BK": 256}
+    by_rows = ("project", "project_shifted", "add_linear", "gated_units")
     spilled = {}
-    for name in ("project", "expand", "mix", "add_linear", "gated_units"):
-        for rows in (1, 8) if name in ("project", "add_linear", "gated_units") else (1,):
-            kernel = getattr(kernels, f"{name}_kernel")
-            known = sizes | layer_step.launch_sizes(rows) | {"COLS": 64 if name == "expand" else layer_step.launch_columns(rows)}
+    for name in (*by_rows, "expand", "mix", "shift_low", "shift", "decay", "mix6"):
+        for rows in (1, 8) if name in by_rows else (1,):
+            kernel = getattr(kernels, f"{name}_kernel", None) or getattr(kernels6, f"{name}_kernel")
+            columns = layer_step.launch_columns(rows)
+            known = sizes | layer_step.launch_sizes(rows) | {"COLS": columns} | special.get(name, {})
             known = {key: value for key, value in known.items() if key in kernel.arg_names}
             signature = {key: scalars.get(key, "*fp32" if key in floats else "*bf16") for key in kernel.arg_names}
             signature |= dict.fromkeys(known, "constexpr") | ({"low": "fp32"} if name == "mix" else {})
             aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(kernel.arg_names) if signature[key][0] == "*"}
             source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
             for target in (80, 90):
-                options = {"num_warps": 1 if name == "mix" else 4}
+                options = {"num_warps": 1 if name in ("mix", "mix6") else 4}
                 built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
                 spilled[f"{name} {rows} {target}"] = stack_bytes(built.asm.get("cubin"))
     print(json.dumps(spilled))
@@ -100,17 +117,22 @@ def child(word: str, interpreted: str) -> object:
 
 
 def test_interpreted_steps_equal_the_modules() -> None:
-    assert child("interpret", "1") < 1e-5
+    found = child("interpret", "1")
+    assert list(found) == list(STUDENTS)
+    assert all(error < 1e-5 for errors in found.values() for error in errors), found
 
 
 def test_compiled_ahead_nothing_spills() -> None:
     spilled = child("compile", "0")
-    assert len(spilled) == 16 and not any(spilled.values()), spilled
+    assert len(spilled) == 28 and not any(spilled.values()), spilled
 
 
 @pytest.mark.parametrize(
     "family, arch, options",
-    [("qwen3", "rwkv7", {}), ("qwen2", "rwkv6", {}), ("qwen2", "rwkv7", {"variant": "B", "groupnorm": True})],
+    [
+        ("qwen3", "rwkv7", {}), ("qwen3", "rwkv6", {}), ("qwen2", "rwkv7", {"variant": "B", "groupnorm": True}),
+        ("qwen2", "rwkv6", {"groupnorm": True}), ("qwen2", "rwkv6", {"gate": "lowrank"}), ("qwen2", "hxa079", {}),
+    ],
 )
 def test_models_that_the_kernels_do_not_know_take_the_modules(family, arch, options, monkeypatch) -> None:
     monkeypatch.setattr(layer_step, "runs_kernels", lambda weight: True)
@@ -128,9 +150,10 @@ def test_adapters_and_many_rows_take_the_modules(monkeypatch) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_steps_equal_the_modules(monkeypatch) -> None:
-    monkeypatch.setattr(layer_step, "MOST_ROWS", 0)
-    model = random_student().cuda()
-    assert max(worst(model, count) for count in (1, 3, 8)) < 1e-4
+    monkeypatch.setattr(layer_step, "FUSED_STEP", False)
+    for options in STUDENTS.values():
+        model = random_student(**options).cuda()
+        assert all(worst(model, count) < 1e-4 for count in (1, 3, 8))
 
 
 if __name__ == "__main__":

@@ -159,6 +159,15 @@ def expand_kernel(low, w0, w2, a0, a2, g2, v0, v2, parts, count, C: tl.constexpr
 
 
 @triton.jit
+def place_of(slots, item, pool, HAS_SLOTS: tl.constexpr):
+    """Where the state of a row lies in a pool, and whether there is one: a row that fills the batch has none."""
+    slot = tl.cast(item, tl.int64)
+    if HAS_SLOTS:
+        slot = tl.load(slots + item).to(tl.int64)
+    return slot, (slot >= 0) & (slot < pool)
+
+
+@triton.jit
 def rotated(x, cos, sin, col, N: tl.constexpr, ROPE: tl.constexpr):
     """Channels of one head, rotated in half-split form."""
     here = tl.load(x + col, mask=col < N, other=0.0)
@@ -172,23 +181,25 @@ def rotated(x, cos, sin, col, N: tl.constexpr, ROPE: tl.constexpr):
 
 
 @triton.jit
-def mix_kernel(qkv, parts, cos, sin, v_first, state, out, count, low, scale, H: tl.constexpr, HKV: tl.constexpr,
-               N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, ROPE: tl.constexpr, MIX_FIRST: tl.constexpr):
-    """7.1 to 7.9 of variant C from the projections: the state (count, H, N, N) in place, out (count, H N) gated.
+def mix_kernel(qkv, parts, cos, sin, v_first, state, slots, out, count, pool, low, scale, H: tl.constexpr,
+               HKV: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, ROPE: tl.constexpr,
+               ANGLES: tl.constexpr, MIX_FIRST: tl.constexpr, HAS_SLOTS: tl.constexpr):
+    """7.1 to 7.9 of variant C from the projections: states of a pool (pool, H, N, N) in place, out (count, H N) gated.
 
-    low: the bound of the log-decay. v_first: qkv of the first recurrent layer.
+    low: the bound of the log-decay. v_first: qkv of the first recurrent layer. ANGLES: from one row's angles to the next's.
     """
     val = tl.program_id(0) * BV + tl.arange(0, BV)
     h = tl.program_id(1)
     item = tl.program_id(2)
+    slot, known = place_of(slots, item, pool, HAS_SLOTS)
     C: tl.constexpr = H * N
     WIDE: tl.constexpr = (H + 2 * HKV) * N
     col = tl.arange(0, BN)
     seen = col < N
     base = qkv + item * WIDE
     head = h // (H // HKV)
-    r = rotated(base + h * N, cos, sin, col, N, ROPE)
-    k = rotated(base + C + head * N, cos, sin, col, N, ROPE)
+    r = rotated(base + h * N, cos + item * ANGLES, sin + item * ANGLES, col, N, ROPE)
+    k = rotated(base + C + head * N, cos + item * ANGLES, sin + item * ANGLES, col, N, ROPE)
     mine = item * C + h * N
     log_w = low * tl.load(parts + mine + col, mask=seen, other=0.0)
     a = tl.load(parts + count * C + mine + col, mask=seen, other=0.0)
@@ -201,8 +212,8 @@ def mix_kernel(qkv, parts, cos, sin, v_first, state, out, count, low, scale, H: 
     kappa = k / tl.maximum(tl.sqrt(tl.sum(k * k, 0)), 1e-12)
     decay = tl.exp(log_w)
     k = k * (1.0 - decay + a)
-    inside = (val[:, None] < N) & seen[None, :]
-    cell = state + ((item * H + h).to(tl.int64) * N * N) + val[:, None] * N + col[None, :]
+    inside = (val[:, None] < N) & seen[None, :] & known
+    cell = state + (slot * H + h) * N * N + val[:, None] * N + col[None, :]
     old = tl.load(cell, mask=inside, other=0.0)
     new = old * decay[None, :] + v[:, None] * k[None, :] - tl.sum(old * kappa[None, :], 1)[:, None] * (kappa * a)[None, :]
     tl.store(cell, new, mask=inside)

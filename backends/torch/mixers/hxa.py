@@ -66,8 +66,9 @@ class HxaMixer(Projections):
         if context.in_place:  # H.8, H.9
             wkv = state["wkv"]
             p = wkv7_step(
-                r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], removal[:, 0], beta[:, 0], wkv, scale=spec.N**-0.5
-            )[:, None]
+                r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], removal[:, 0], beta[:, 0], wkv, scale=spec.N**-0.5,
+                slots=context.slots,
+            )[:, None]  # fmt: skip
         else:
             p, wkv = wkv7(
                 r, log_w, k, v, removal, beta, state.get("wkv"), scale=spec.N**-0.5, min_log_w=RWKV7_MIN_LOG_W,

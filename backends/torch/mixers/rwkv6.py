@@ -67,7 +67,9 @@ class Rwkv6Mixer(Projections):
         log_w = log_w.to(q.dtype)  # half the bytes; a log-decay rounded moves less than what it decays, rounded
         if context.in_place:  # 6.6, 6.7
             new_state["wkv"] = state["wkv"]
-            p = wkv6_step(q[:, 0], k[:, 0], v[:, 0], log_w[:, 0], state["wkv"], scale=self.spec.N**-0.5)[:, None]
+            p = wkv6_step(
+                q[:, 0], k[:, 0], v[:, 0], log_w[:, 0], state["wkv"], scale=self.spec.N**-0.5, slots=context.slots
+            )[:, None]
         else:
             p, new_state["wkv"] = wkv6(
                 q, k, v, log_w, state.get("wkv"), scale=self.spec.N**-0.5, min_log_w=opts.clamp, cu_seqlens=context.cu_seqlens

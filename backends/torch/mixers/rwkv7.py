@@ -73,7 +73,9 @@ class Rwkv7Mixer(Projections):
         scale = 1.0 if opts.groupnorm else self.spec.N**-0.5  # of 7.8
         if context.in_place:  # 7.6, 7.7
             wkv = state["wkv"]
-            p = wkv7_step(r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], removal[:, 0], beta[:, 0], wkv, scale=scale)[:, None]
+            p = wkv7_step(
+                r[:, 0], log_w[:, 0], k[:, 0], v[:, 0], removal[:, 0], beta[:, 0], wkv, scale=scale, slots=context.slots
+            )[:, None]
         else:
             p, wkv = wkv7(
                 r, log_w, k, v, removal, beta, state.get("wkv"), scale=scale, min_log_w=RWKV7_MIN_LOG_W,
