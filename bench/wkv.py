@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="time one token in place at batch 1, 32 and 128 instead")
     parser.add_argument("--slots", action="store_true", help="--decode: each row's state anywhere in one pool, in no order")
     parser.add_argument("--decode-model", action="store_true", help="time a whole model of 7B, a token at a time, instead")
-    parser.add_argument("--step-rows", type=int, default=layer_step.MOST_ROWS, metavar="N",
+    parser.add_argument("--step-rows", type=int, metavar="N",
                         help="--decode-model: a layer by few kernels at batches up to N (at most 8; 0: by its modules)")
     parser.add_argument("--batches", default="1,8,64,128", help="--decode-model: rows, comma-separated")
     parser.add_argument("--no-segments", action="store_true", help="long sequences whole")
@@ -399,7 +399,9 @@ def main() -> None:
     if options.peer_configs:
         limit_tuning(options.peer_configs)
     torch.manual_seed(0)
-    segments.SEGMENTS, layer_step.MOST_ROWS = not options.no_segments, options.step_rows
+    segments.SEGMENTS = not options.no_segments
+    if options.step_rows is not None:
+        layer_step.MOST_ROWS = dict.fromkeys(layer_step.MOST_ROWS, options.step_rows)
     flush = torch.empty(2 ** 26, device="cuda")
     bandwidth = copy_bandwidth(flush)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)

@@ -55,6 +55,9 @@ class Engine(Protocol):
     def feed_many(self, states: Sequence[Any], tokens: Sequence[int]) -> tuple[Logits, list[Any]]:
         """One token to each of several sequences: logits (n, V) float32 and the new states."""
 
+    def seats(self, count: int) -> "Seats":
+        """Places for `count` sequences that are written side by side."""
+
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         """Score whole sequences (at least one token each), each from an empty state."""
 
@@ -63,3 +66,51 @@ class Engine(Protocol):
 
     def from_arrays(self, arrays: dict[str, npt.NDArray[Any]]) -> Any:
         """The inverse of `state_arrays`; R304 when the arrays do not fit the model."""
+
+
+class Seats(Protocol):
+    """Where sequences sit that are written side by side: what a seat holds changes with every token, unlike a state."""
+
+    def enter(self, state: Any) -> int:
+        """A seat for the sequence that stands at `state`, which stays as it is. ValueError when all are taken."""
+
+    def step(self, seats: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """One token to each of several seats, each named once: logits (n, V) float32 after it."""
+
+    def state(self, seat: int) -> Any:
+        """The state a seat's sequence has come to, a value like every state."""
+
+    def leave(self, seat: int) -> None:
+        """The seat is free for another sequence."""
+
+
+class StateSeats:
+    """Seats over states as values, by feed_many."""
+
+    def __init__(self, engine: Engine, count: int) -> None:
+        self.engine = engine
+        self.free = list(reversed(range(count)))
+        self.held: dict[int, Any] = {}
+
+    def enter(self, state: Any) -> int:
+        """See Seats."""
+        if not self.free:
+            raise ValueError("all seats are taken")
+        seat = self.free.pop()
+        self.held[seat] = state
+        return seat
+
+    def step(self, seats: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """See Seats."""
+        logits, states = self.engine.feed_many([self.held[seat] for seat in seats], tokens)
+        self.held.update(zip(seats, states, strict=True))
+        return logits
+
+    def state(self, seat: int) -> Any:
+        """See Seats."""
+        return self.held[seat]
+
+    def leave(self, seat: int) -> None:
+        """See Seats."""
+        del self.held[seat]
+        self.free.append(seat)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from radlads.engine import Scored
+from radlads.engine import Scored, StateSeats
 from radlads.spec import ModelSpec
 from tests.models import tiny_spec
 
@@ -44,6 +44,9 @@ class ToyEngine:
     def feed_many(self, states: Sequence[ToyState], tokens: Sequence[int]) -> tuple[np.ndarray, list[ToyState]]:
         fed = [self.feed(state, [token]) for state, token in zip(states, tokens, strict=True)]
         return np.stack([logits for logits, _ in fed]), [state for _, state in fed]
+
+    def seats(self, count: int) -> StateSeats:
+        return StateSeats(self, count)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:
         scored = []

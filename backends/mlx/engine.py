@@ -12,7 +12,7 @@ from radlads.backends.mlx.adapters import apply_adapter
 from radlads.backends.mlx.layers import SEEN, SHIFT, WKV
 from radlads.backends.mlx.load import load_model
 from radlads.backends.mlx.model import Model
-from radlads.engine import Scored
+from radlads.engine import Scored, Seats, StateSeats
 from radlads.errors import fail
 from radlads.folder import ModelFolder
 from radlads.positions import rope_depends_on_length
@@ -102,6 +102,10 @@ class MlxEngine:
         after = [MlxState(state.position + 1, joint, row) for row, state in enumerate(states)]
         self._rows.update(after)
         return np.array(logits), after
+
+    def seats(self, count: int) -> Seats:
+        """Seats over feed_many, which joins the states of sequences that go on together only once."""
+        return StateSeats(self, count)
 
     def _joined(self, states: Sequence[MlxState]) -> Layers:
         """The arrays of the states, one above the other: those of the step before where the same sequences go on together."""

@@ -15,13 +15,14 @@ import torch
 
 from radlads import costs
 from radlads.backends.torch.difficulty import layer_difficulty
-from radlads.backends.torch.engine import TorchEngine, TorchState
+from radlads.backends.torch.engine import TorchEngine
 from radlads.backends.torch.evaluate import evaluate, limited_context_loss
 from radlads.backends.torch.head import retied
 from radlads.backends.torch.load import new_model, stored_tensors
 from radlads.backends.torch.memory import forget_models, keep_freed_memory, peak_gpu_bytes
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.parallel import build_task, load_frozen, runnable, sharded
+from radlads.backends.torch.seats import TorchState
 from radlads.backends.torch.trainer import Progress, run_stage
 from radlads.backends.torch.world import World
 from radlads.data.corpus import open_corpus

@@ -25,20 +25,11 @@ class Rows:
 
     def __init__(self, model: Model, count: int, length: int) -> None:
         self.model, self.count = model, count
-        weight = model.model.norm.weight
-        spec, self.device = model.spec, weight.device
+        self.device = model.model.norm.weight.device
         self.fused = step_has_kernels(model, count)
         # How many tokens each row has had; the same for all of them.
         self.seen = torch.zeros(1, dtype=torch.long, device=self.device)
-        self.layers: list[LayerState] = []
-        for mixer, shapes in zip(spec.mixers, spec.state(), strict=True):
-            if mixer == "softmax":
-                cache = (count, spec.Hkv, length, spec.N)
-                self.layers.append({name: torch.zeros(cache, dtype=weight.dtype, device=self.device) for name in ("k", "v")})
-                continue
-            dtypes = {name: torch.float32 if name == "wkv" else weight.dtype for name in shapes}
-            zeros = {n: torch.zeros(count, *shape, dtype=dtypes[n], device=self.device) for n, shape in shapes.items()}
-            self.layers.append(zeros)
+        self.layers = empty_states(model, count, length)
 
     @torch.no_grad()
     def begin(self, tokens: Tensor) -> Tensor:
@@ -76,6 +67,18 @@ class Rows:
         for name, value in (("k", k), ("v", v)):
             held[name].index_copy_(2, self.seen, value.transpose(1, 2))
         return mixer.output_of(attend(q[:, 0], held["k"], held["v"], filled).flatten(1))[:, None]
+
+
+def empty_states(model: Model, count: int, length: int = 0) -> list[LayerState]:
+    """Zeros for `count` sequences in every layer: states (count, ...), or caches (count, Hkv, length, N) of softmax layers."""
+    weight, spec = model.model.norm.weight, model.spec
+    layers: list[LayerState] = []
+    for mixer, shapes in zip(spec.mixers, spec.state(), strict=True):
+        if mixer == "softmax":
+            shapes = dict.fromkeys(("k", "v"), (spec.Hkv, length, spec.N))
+        dtypes = {name: torch.float32 if name == "wkv" else weight.dtype for name in shapes}
+        layers.append({n: torch.zeros(count, *shape, dtype=dtypes[n], device=weight.device) for n, shape in shapes.items()})
+    return layers
 
 
 def recurrent_step(layer: Any, x: Tensor, context: MixContext, held: LayerState, fused: bool) -> Tensor:

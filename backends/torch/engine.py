@@ -1,7 +1,6 @@
 """The torch engine: tokens in, logits and a new state out (see radlads.engine)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,15 @@ import torch.nn.functional as F
 from radlads.backends.torch.adapters import apply_adapter, initial_state
 from radlads.backends.torch.load import load_model
 from radlads.backends.torch.model import Model
+from radlads.backends.torch.seats import TorchSeats, TorchState
 from radlads.backends.torch.state import ModelState
-from radlads.engine import Scored
+from radlads.engine import Scored, Seats, StateSeats
 from radlads.errors import fail
 from radlads.folder import ModelFolder
 from radlads.spec import ModelSpec
 
 # Tokens of one forward pass while scoring, and those of them whose logits exist at once.
 SCORED_AT_ONCE, LOGITS_AT_ONCE = 16384, 1024
-
-
-@dataclass(frozen=True)
-class TorchState:
-    """The state of one sequence."""
-
-    model: ModelState
-    position: int
 
 
 class TorchEngine:
@@ -86,6 +78,10 @@ class TorchEngine:
             own = tuple({name: value[row : row + 1].clone() for name, value in layer.items()} for layer in joint.layers)
             after.append(TorchState(ModelState(own, joint.seen[row : row + 1]), state.position + 1))
         return logits, after
+
+    def seats(self, count: int) -> Seats:
+        """Seats whose states are advanced in place; where softmax layers' caches grow, states that are replaced."""
+        return StateSeats(self, count) if self.spec.kept_layers else TorchSeats(self.model, count)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scored]:

@@ -28,8 +28,9 @@ from radlads.backends.torch.mixers.rwkv7 import Rwkv7Mixer
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import LayerState, MixContext
 
-# Rows up to which this was faster than the modules on an H100. The kernels serve eight, but these are faster as matrix products.
-MOST_ROWS = 1
+# Rows up to which this was faster than the modules on an H100, by kind of mixer; those of RAD-RWKV6 are not measured yet. The
+# kernels serve eight, but these are faster as matrix products.
+MOST_ROWS = {"softmax": 1, "rwkv7": 1, "rwkv6": 0}
 
 
 def step_has_kernels(model: Model, count: int) -> bool:
@@ -37,7 +38,7 @@ def step_has_kernels(model: Model, count: int) -> bool:
     layers: list[Any] = list(model.model.layers)
     mixed = [layer.self_attn for layer, mixer in zip(layers, model.spec.mixers, strict=True) if mixer != "softmax"]
     return (
-        runs_kernels(model.head) and count <= MOST_ROWS
+        runs_kernels(model.head) and all(count <= MOST_ROWS.get(mixer, 0) for mixer in model.spec.mixers)
         and all(type(layer.mlp) is FeedForward and is_plain(*layer.mlp.children()) for layer in layers)
         and all(covers(mixer) and is_plain(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj) for mixer in mixed)
     )  # fmt: skip

@@ -61,13 +61,14 @@ class Job:
 
 @dataclass(eq=False)
 class Slot:
-    """A job being served: what is left of its prompt, and where its sequence stands."""
+    """A job being served: what is left of its prompt, and where its sequence stands: a state, and a seat once it is written."""
 
     job: Job
     writer: Writer
     state: Any
     waiting: list[int]
     logits: Logits | None
+    seat: int | None = None
 
 
 class PrefixStore:
@@ -124,6 +125,7 @@ class Worker(threading.Thread):
     ) -> None:
         super().__init__(name="radlads-worker", daemon=True)
         self.engine, self.tokenizer, self.places, self.memory = engine, tokenizer, slots, memory
+        self.seats = engine.seats(int(min(slots, max(1, memory / max(1, engine.spec.state_bytes())))))
         self.prefixes = PrefixStore(prefixes, self.kept_bytes)
         self.served = self.failed = self.restarts = self.written_tokens = 0
         self.fed_at = 0.0  # when the engine last did its work, by time.perf_counter
@@ -192,10 +194,16 @@ class Worker(threading.Thread):
         ready = [slot for slot in self.active if not slot.waiting and slot.logits is not None]
         going = [slot for slot in ready if self.write(slot)]
         if going:
-            logits, states = self.engine.feed_many([slot.state for slot in going], [slot.writer.token_ids[-1] for slot in going])
+            logits = self.seats.step([self.seat_of(slot) for slot in going], [slot.writer.token_ids[-1] for slot in going])
             self.fed_at = time.perf_counter()
-            for slot, row, state in zip(going, logits, states, strict=True):
-                slot.logits, slot.state = row, state
+            for slot, row in zip(going, logits, strict=True):
+                slot.logits = row
+
+    def seat_of(self, slot: Slot) -> int:
+        """The seat of a sequence; one is taken when it begins to be written."""
+        if slot.seat is None:
+            slot.seat, slot.state = self.seats.enter(slot.state), None
+        return slot.seat
 
     def admit(self) -> None:
         """Take jobs from the queue, in their order, while there are places and memory; wait for one when idle."""
@@ -252,12 +260,15 @@ class Worker(threading.Thread):
 
     def end(self, slot: Slot, last: Event | None) -> None:
         """Free the place of a job and tell it so; what it read is kept for the next turn."""
+        if last is not None and last.error is None and slot.logits is not None and not slot.waiting and self.prefixes.capacity:
+            state = slot.state if slot.seat is None else self.seats.state(slot.seat)
+            fed = slot.job.prompt_ids + slot.writer.token_ids
+            self.prefixes.keep(fed[: state.position], np.array(slot.logits), state)
+        if slot.seat is not None:
+            self.seats.leave(slot.seat)
+            slot.seat = None
         if slot in self.active:
             self.active.remove(slot)
-        fed = slot.job.prompt_ids + slot.writer.token_ids
-        fed = fed[: slot.state.position]
-        if last is not None and last.error is None and slot.logits is not None and not slot.waiting:
-            self.prefixes.keep(fed, np.array(slot.logits), slot.state)
         if last is not None:
             self.failed += last.error is not None
             self.served += last.error is None

@@ -15,10 +15,13 @@ import torch
 
 from radlads.backends.torch import layer_step
 from radlads.backends.torch.decode import Rows
+from radlads.backends.torch.engine import TorchEngine
 from radlads.backends.torch.model import Model
+from radlads.backends.torch.seats import TorchSeats
 from radlads.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
+EIGHT = {"softmax": 8, "rwkv7": 8, "rwkv6": 8}
 
 
 def random_student(kept: tuple[int, ...] = (1,), family: str = "qwen2", arch: str = "rwkv7", **options: object) -> Model:
@@ -39,9 +42,9 @@ def worst(model: Model, count: int) -> float:
     device = model.head.device
     torch.manual_seed(1)
     tokens = torch.randint(0, 300, (count, 5), device=device)
-    layer_step.FUSED_STEP = False
+    layer_step.MOST_ROWS = {}
     plain = Rows(model, count, 8)
-    layer_step.MOST_ROWS = 8
+    layer_step.MOST_ROWS = EIGHT
     fused = Rows(model, count, 8)
     assert fused.fused and not plain.fused
     errors = []
@@ -56,6 +59,32 @@ def worst(model: Model, count: int) -> float:
     return max(errors)
 
 
+def worst_in_seats(model: Model) -> float:
+    """The largest relative RMS difference of logits and states of two of three seats, each at a position of its own."""
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 300, (3, 5), device=model.head.device)
+    engine = TorchEngine(model)
+    states = [engine.feed(engine.start(), row[:length].tolist())[1] for row, length in zip(tokens, (2, 5, 3), strict=True)]
+    results, pools = [], []
+    for fused in (False, True):
+        layer_step.MOST_ROWS = EIGHT if fused else {}
+        seats = TorchSeats(model, 4)
+        assert seats.fused[2] == fused
+        places = [seats.enter(state) for state in states]
+        before = [{name: pool.clone() for name, pool in layer.items()} for layer in seats.layers]
+        results.append(torch.from_numpy(seats.step([places[2], places[0]], [7, 8])).double())
+        pools.append([pool for layer in seats.layers for pool in layer.values()])
+        for old, layer in zip(before, seats.layers, strict=True):
+            for name, pool in layer.items():
+                assert all(torch.equal(pool[seat], old[name][seat]) for seat in (places[1], 3))
+                assert not torch.equal(pool[places[0]], old[name][places[0]])
+    pairs = [(results[1], results[0]), *zip(pools[1], pools[0], strict=True)]
+    errors = [float((got - want).norm() / want.norm()) for got, want in pairs]
+    assert all(math.isfinite(error) for error in errors), errors
+    return max(errors)
+
+
+SEATED: dict[str, dict[str, object]] = {"rwkv7": {}, "rwkv6": {"rope": True}}
 STUDENTS = {
     "rwkv7": {},
     "rwkv6": {"arch": "rwkv6"},
@@ -64,9 +93,11 @@ STUDENTS = {
 
 
 def interpret() -> None:
-    layer_step.runs_kernels = lambda weight: layer_step.FUSED_STEP
+    layer_step.runs_kernels = lambda weight: True
     counts = {"rwkv7": (1, 3), "rwkv6": (1,), "rwkv6-ablated": (3,)}
-    print(json.dumps({name: [worst(random_student(**STUDENTS[name]), n) for n in tried] for name, tried in counts.items()}))
+    found = {name: [worst(random_student(**STUDENTS[name]), n) for n in tried] for name, tried in counts.items()}
+    found["seats"] = [worst_in_seats(random_student((), arch=arch, **options)) for arch, options in SEATED.items()]
+    print(json.dumps(found))
 
 
 def compile_kernels() -> None:
@@ -118,7 +149,7 @@ def child(word: str, interpreted: str) -> object:
 
 def test_interpreted_steps_equal_the_modules() -> None:
     found = child("interpret", "1")
-    assert list(found) == list(STUDENTS)
+    assert list(found) == [*STUDENTS, "seats"]
     assert all(error < 1e-5 for errors in found.values() for error in errors), found
 
 
@@ -136,24 +167,28 @@ def test_compiled_ahead_nothing_spills() -> None:
 )
 def test_models_that_the_kernels_do_not_know_take_the_modules(family, arch, options, monkeypatch) -> None:
     monkeypatch.setattr(layer_step, "runs_kernels", lambda weight: True)
+    monkeypatch.setattr(layer_step, "MOST_ROWS", {**EIGHT, arch: 8})
     assert not layer_step.step_has_kernels(random_student((), family, arch, **options), 1)
 
 
 def test_adapters_and_many_rows_take_the_modules(monkeypatch) -> None:
     monkeypatch.setattr(layer_step, "runs_kernels", lambda weight: True)
     model = random_student()
-    assert layer_step.step_has_kernels(model, layer_step.MOST_ROWS)
-    assert not layer_step.step_has_kernels(model, layer_step.MOST_ROWS + 1)
+    monkeypatch.setattr(layer_step, "MOST_ROWS", EIGHT)
+    assert layer_step.step_has_kernels(model, 8)
+    assert not layer_step.step_has_kernels(model, 9)
     model.model.layers[2].mlp.up_proj = torch.nn.Sequential(model.model.layers[2].mlp.up_proj)
     assert not layer_step.step_has_kernels(model, 1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_steps_equal_the_modules(monkeypatch) -> None:
-    monkeypatch.setattr(layer_step, "FUSED_STEP", False)
+    monkeypatch.setattr(layer_step, "MOST_ROWS", EIGHT)
     for options in STUDENTS.values():
         model = random_student(**options).cuda()
         assert all(worst(model, count) < 1e-4 for count in (1, 3, 8))
+    for arch, options in SEATED.items():
+        assert worst_in_seats(random_student((), arch=arch, **options).cuda()) < 1e-4
 
 
 if __name__ == "__main__":

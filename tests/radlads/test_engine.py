@@ -12,7 +12,7 @@ def protocol_methods() -> list[str]:
 
 
 def test_protocol_names_what_chat_and_state_files_need():
-    methods = {"start", "feed", "feed_many", "score", "state_arrays", "from_arrays"}
+    methods = {"start", "feed", "feed_many", "seats", "score", "state_arrays", "from_arrays"}
     assert {"spec", "name", "device"} | methods <= set(protocol_methods())
 
 
@@ -31,5 +31,5 @@ def test_backends_offer_every_method(name):
     pytest.importorskip("torch" if name == "torch" else "mlx.core")
     module = importlib.import_module(f"radlads.backends.{name}.engine")
     made = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
-    methods = {"start", "feed", "feed_many", "score", "state_arrays", "from_arrays"}
+    methods = {"start", "feed", "feed_many", "seats", "score", "state_arrays", "from_arrays"}
     assert any(methods <= set(dir(value)) for value in made), "no class of the module is an engine"

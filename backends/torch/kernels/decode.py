@@ -81,22 +81,18 @@ def wkv_step_fake(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | No
 
 def wkv_step_plain(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, state: Tensor,
                    slots: Tensor | None, scale: float) -> Tensor:
+    out, rows, index = torch.zeros_like(v), slice(None), slice(r.shape[0])
     if slots is not None:
-        out = torch.zeros_like(v)
         rows = (slots >= 0).nonzero()[:, 0]
         index = slots[rows].long()
-        states = state[index]
-        parts = (None if x is None else x[rows] for x in (r, log_w, k, v, a, b))
-        out[rows] = wkv_step_plain(*parts, states, None, scale)
-        state[index] = states
-        return out
-    r, log_w, k, value = (x.float() for x in (r, log_w, k, v))
-    old = state[: r.shape[0]]
+    r, log_w, k, value = (x[rows].float() for x in (r, log_w, k, v))
+    old = state[index]
     new = old * log_w.exp()[:, :, None] + value[..., None] * k[:, :, None]
     if a is not None and b is not None:
-        new += (old @ a.float()[..., None]) * b.float()[:, :, None]
-    old.copy_(new)
-    return (scale * (new @ r[..., None])[..., 0]).to(v.dtype)
+        new += (old @ a[rows].float()[..., None]) * b[rows].float()[:, :, None]
+    state[index] = new
+    out[rows] = (scale * (new @ r[..., None])[..., 0]).to(v.dtype)
+    return out
 
 
 @triton.jit
