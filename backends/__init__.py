@@ -45,6 +45,24 @@ def open_engine(folder: "ModelFolder", backend: str = "auto", dtype: str | None 
     return engine
 
 
+def peak_memory(engine: "Engine") -> int:
+    """The most that the process held so far on the engine's GPU, or at all where it is on none; bytes, 0 where nobody says."""
+    if engine.device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_reserved()
+    if engine.name == "mlx" and engine.device == "gpu":
+        import mlx.core as mx
+
+        return mx.get_peak_memory()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def open_tuner(folder: "ModelFolder", tuning: "Tuning", settings: "Settings") -> "Tuner":
     """Load the model of `folder` on the backend of `tuning`, with the adapter of `settings` ready to be trained."""
     module = import_module(f"radlads.backends.{choose_backend(tuning.backend)}.finetune")

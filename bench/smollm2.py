@@ -2,8 +2,8 @@
 
 Run: bash bench/smollm2.sh [PART...]. On one H100 (what is marked * was not timed yet):
   prepare    books as tokens, teacher samples                          10 min
-  train7     RAD-RWKV7, the whole recipe                               50 min *
-  train6     RAD-RWKV6, 25 M + 75 M tokens                             10 min *
+  train7     RAD-RWKV7, the whole recipe                               55 min *
+  train6     RAD-RWKV6, 25 M + 75 M tokens                             10 min
   curve      runs of their own over 1, 5, 20, 100 and 300 M tokens     40 min *
   ablations  15 M tokens each, two seeds where they are needed         60 min *
   hybrids    1 and 3 kept softmax layers, uniform and by difficulty    20 min *
@@ -43,10 +43,7 @@ SAMPLED = {  # name: tokens, how each text begins
     "continued": (40 * MILLION, ["--prompts", "CORPUS"]),
     "chat": (40 * MILLION, ["--chat"]),
 }
-BOOKS = {"path": "smollm2/books", "weight": 3}
-OTHERS = [
-    {"path": f"smollm2/{name}/store", "weight": weight} for name, weight in (("documents", 3), ("continued", 2), ("chat", 2))
-]
+BOOKS, *OTHERS = load_recipe(RECIPE).values()["data"]["train"]
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,8 @@ class Bench:
     def ablation_jobs(self, seed: int) -> list[Job]:
         """What is left out or changed, by name; the baselines are rwkv7 and rwkv6."""
         end = "" if seed == SEED else "-again"
-        usual, no_step_1 = self.short(15), [self.stage(2, 15 * MILLION, batch_size=32, micro_batch=0, measure_every=0)]
+        usual = self.short(15)
+        no_step_1 = [{**usual[1], "tokens": self.scaled(15 * MILLION)}]
         rates = ("lr", "mixer_lr")
         faster = [self.scale_rates(stage, 2.0, rates) for stage in usual]
         slower = [self.scale_rates(stage, 0.5, rates) for stage in usual]
@@ -260,7 +258,6 @@ class Bench:
     def use(self) -> None:
         """Prompts of growing length, continued by 64 tokens: teacher and student, torch and MLX, 4 bits too."""
         student, teacher = self.runs / "rwkv7" / "model", self.teacher if self.teacher.is_dir() else Path(self.options.teacher)
-        text = " the old man and the sea" * 6000
         four_bits = self.runs / "rwkv7-4bit"
         if not four_bits.exists():
             self.radlads("convert", student, "--to", "mlx", "-q", "--output-dir", four_bits)
@@ -276,34 +273,11 @@ class Bench:
         for title, model, backend in models:
             for gpu in ("", *cards) if backend == "torch" else ("",):
                 for length in contexts:
-                    words = [
-                        "generate",
-                        model,
-                        "-p",
-                        "-",
-                        "-m",
-                        64,
-                        "--temp",
-                        0,
-                        "--backend",
-                        backend,
-                        "--ignore-chat-template",
-                        "--json",
-                    ]
-                    prompt = text[: length * 4]  # six tokens in 24 characters
-                    command = [sys.executable, "-m", "radlads", *map(str, words)]
+                    command = [sys.executable, str(ROOT / "bench" / "use.py"), str(model), backend, str(length)]
                     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpu}
-                    done = subprocess.run(command, env=environment, input=prompt, capture_output=True, text=True)
+                    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
                     found = json.loads(done.stdout) if done.returncode == 0 else {}
-                    rows.append(
-                        {
-                            "model": title,
-                            "backend": backend,
-                            "gpu": bool(gpu),
-                            "context": length,
-                            **{k: found.get(k) for k in ("prompt_tokens", "prompt_tps", "generation_tps", "peak_memory")},
-                        }
-                    )
+                    rows.append({"model": title, "backend": backend, "gpu": bool(gpu), "context": length, **found})
                     print(rows[-1], flush=True)
         (self.runs / "use.json").write_text(json.dumps(rows, indent=1))
 

@@ -155,9 +155,10 @@ def training(runs: Runs, names: list[str], docs: Path) -> list[str]:
         return []
     head = ["run", "step", "tokens seen", "steps", "batch", "rates (rest / mixers)", "tok/s", "MFU", "GiB", "seconds", "longest"]
     about = (
-        "tok/s of the median step; MFU of 989 TFLOP/s, nothing recomputed counted; seconds of all steps; the longest step is the"
+        "tok/s of the median step; MFU of 989 TFLOP/s, nothing recomputed counted; GiB reserved at the peak, measuring "
+        "included; seconds of all steps; the longest step is the first one, which compiles.\n"
     )
-    text = ["## Training\n", f"{about} first one, which compiles.\n", table([*head, "card"], rows)]
+    text = ["## Training\n", about, table([*head, "card"], rows)]
     for name in names:
         recipe = runs.recipe(name)
         weights = sum(part.weight or 0 for part in recipe.data.train)
@@ -401,13 +402,18 @@ def use(folder: Path, docs: Path) -> list[str]:
         return []
     rows = json.loads(path.read_text())
     lines = [
-        [r["model"], f"{r['backend']}, {'GPU' if r['gpu'] else 'CPU'}", f"{r['prompt_tokens'] or 0:,}", number(r["prompt_tps"]),
-         number(r["generation_tps"]), number((r["peak_memory"] or 0) / 2**20)]
+        [r["model"], f"{r['backend']}, {'GPU' if r['gpu'] else 'CPU'}", f"{r['context']:,}", seconds(r.get("first_token_s")),
+         number(r.get("prompt_tps")), number(r.get("generation_tps")), number(r.get("peak_memory", 0) / 2**20)]
         for r in rows
     ]  # fmt: skip
-    head = ["model", "where", "prompt tokens", "prompt tok/s", "written tok/s", "peak MiB"]
+    head = ["model", "where", "prompt tokens", "first token, cold, s", "prompt tok/s", "written tok/s", "peak MiB"]
     draw_use(rows, docs / "results-use.png")
-    return ["## Using it\n", table(head, lines), "![Speed and memory by context](results-use.png)\n"]
+    about = "`python bench/use.py`, one sequence. Speeds are warm; memory is the GPU's, on a CPU the process's.\n"
+    return ["## Using it\n", about, table(head, lines), "![Speed and memory by context](results-use.png)\n"]
+
+
+def seconds(value: float | None) -> str:
+    return "failed" if not value else f"{value:.2f}"
 
 
 def number(value: float | None) -> str:
@@ -460,7 +466,7 @@ def draw_use(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     speed, memory = figure.subplots(1, 2)
     for title in dict.fromkeys((r["model"], r["backend"], r["gpu"]) for r in rows):
-        mine = [r for r in rows if (r["model"], r["backend"], r["gpu"]) == title and r["generation_tps"]]
+        mine = [r for r in rows if (r["model"], r["backend"], r["gpu"]) == title and r.get("generation_tps")]
         label = f"{title[0]}, {title[1]} {'GPU' if title[2] else 'CPU'}"
         contexts = [r["prompt_tokens"] for r in mine]
         speed.plot(contexts, [r["generation_tps"] for r in mine], "o-", label=label)

@@ -27,7 +27,9 @@ class GenerateOptions(ModelOptions, SamplingOptions, StateOptions):
 
 @dataclass
 class GenerateResult:
-    """What was written, and what it took; speeds in tokens per second, memory in bytes."""
+    """What was written, and what it took: speeds in tokens per second, the prompt's with all that a first use makes ready, the
+    text's from its second step on; memory of the GPU where there is one, else of the process, in bytes.
+    """
 
     text: str
     token_ids: list[int]
@@ -35,6 +37,7 @@ class GenerateResult:
     finish_reason: str | None
     prompt_tokens: int
     generated_tokens: int
+    prompt_seconds: float
     prompt_tps: float
     generation_tps: float
     peak_memory: int
@@ -48,7 +51,7 @@ class GenerateResult:
         from radlads.cli.render import size
 
         return (
-            f"prompt {self.prompt_tokens} tokens, {self.prompt_tps:.4g} tok/s | "
+            f"prompt {self.prompt_tokens} tokens in {self.prompt_seconds:.3g} s, {self.prompt_tps:.4g} tok/s | "
             f"generated {self.generated_tokens} tokens, {self.generation_tps:.4g} tok/s | "
             f"peak memory {size(self.peak_memory)} | {self.backend} on {self.device}"
         )
@@ -56,6 +59,7 @@ class GenerateResult:
 
 def generate(options: GenerateOptions, write: Callable[[str], None] | None = None) -> GenerateResult:
     """Write text from a prompt; `write` gets each piece as it is made."""
+    from radlads.backends import peak_memory
     from radlads.cli.render import note
     from radlads.session import Context, Generation
 
@@ -87,9 +91,10 @@ def generate(options: GenerateOptions, write: Callable[[str], None] | None = Non
         finish_reason=generation.finish,
         prompt_tokens=len(prompt_ids),
         generated_tokens=len(generation.token_ids),
+        prompt_seconds=generation.prompt_seconds,
         prompt_tps=generation.prompt_tps,
         generation_tps=generation.generation_tps,
-        peak_memory=peak_memory(),
+        peak_memory=peak_memory(engine),
         model=str(folder.path),
         backend=engine.name,
         device=engine.device,
@@ -98,16 +103,6 @@ def generate(options: GenerateOptions, write: Callable[[str], None] | None = Non
     if options.stats:
         note(result.stats())
     return result
-
-
-def peak_memory() -> int:
-    """The most memory this process held so far, in bytes (0 where the system does not say)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def prompt_text(given: str | None, where: str) -> str:

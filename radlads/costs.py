@@ -71,6 +71,9 @@ OVERHEAD_GIB, FRAGMENTATION = 0.5, 0.01
 NCCL_GIB = 1.0
 # Logits that exist at once in the loss.
 LOGITS_BYTES = 0.76 * GIB
+# Where quality is measured in the middle of a stage: tokens whose log-probabilities exist at once, of both models, and bytes of
+# these and of what is made of them for each; CUDA graphs keep their memory meanwhile.
+MEASURED_TOKENS, MEASURED_BYTES = 1024, 20
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}
 # Bytes a token leaves for the backward pass in one layer: per unit of (D, C, F), for bf16; counted on the model in a test.
 MIXER_BYTES = {"softmax": (2, 16), "rwkv6": (24, 40), "rwkv7": (2, 55)}
@@ -90,6 +93,7 @@ class Memory:
     gradients: float
     activations: float
     loss: float
+    measuring: float
     overhead: float
 
     @property
@@ -343,8 +347,10 @@ def memory_of(
     # The head's gradient is among the gradients.
     loss = 0.0 if align else LOGITS_BYTES * width / 2 + hidden
     lasting = held + frozen + optimizer + gradients + alive + loss
+    measured = bool(stage.measure_every or stage.measure_at) and (gpus == 1 or how.layout == "replicated")
+    measuring = float(MEASURED_TOKENS * MEASURED_BYTES * student.V) if measured else 0.0
     overhead = (OVERHEAD_GIB + (NCCL_GIB if gpus > 1 else 0)) * GIB + FRAGMENTATION * lasting
-    return Memory(held, frozen, optimizer, gradients, alive + passing_teacher, loss, overhead)
+    return Memory(held, frozen, optimizer, gradients, alive + passing_teacher, loss, measuring, overhead)
 
 
 def plan_stage(

@@ -164,6 +164,7 @@ class Generation:
         self.fed_tokens = 0
         self.prompt_seconds = 0.0
         self.seconds = 0.0
+        self._steps, self._first_step = 0, 0.0  # tokens fed while writing, and when the first of them was done
         self._context = context
         self._writer = Writer(tokenizer, self.prompt_ids, sampling, max_tokens, stop, rng)
 
@@ -194,7 +195,9 @@ class Generation:
 
     @property
     def generation_tps(self) -> float:
-        """Tokens written per second."""
+        """Tokens written per second, from the second step on where there are more: the first may build kernels."""
+        if self._steps > 1 and self.seconds > self._first_step:
+            return (self._steps - 1) / (self.seconds - self._first_step)
         return len(self.token_ids) / self.seconds if self.seconds else 0.0
 
     def __iter__(self) -> Iterator[str]:
@@ -206,10 +209,13 @@ class Generation:
             while self.finish is None:
                 piece = self._writer.take(point.logits)
                 self.seconds = time.perf_counter() - began
+                if self._steps == 1:
+                    self._first_step = self.seconds
                 if piece:
                     yield piece
                 if self.finish is None:
                     point = Point(point.length + 1, *self._context.engine.feed(point.state, self.token_ids[-1:]))
+                    self._steps += 1
         finally:
             self._context.keep(self.prompt_ids + self.token_ids, point)
 

@@ -47,6 +47,25 @@ def test_stream_writes_until_the_end_of_text(tokenizer):
     assert generation.prompt_tps > 0 and generation.generation_tps > 0
 
 
+def test_speed_of_writing_is_that_of_steps_after_the_first(tokenizer, monkeypatch):
+    engine, clock = ToyEngine(), [0.0]
+    feed = engine.feed
+
+    def slow(state, tokens):
+        clock[0] += {0: 3.0, 1: 50.0}.get(len(engine.fed), 0.5)  # the prompt, a first step that builds kernels, the others
+        return feed(state, tokens)
+
+    engine.feed = slow
+    monkeypatch.setattr("radlads.session.time.perf_counter", lambda: clock[0])
+    generation = stream(engine, tokenizer, [5, 6], Sampling(temp=1, seed=1), 4)
+    list(generation)
+    assert generation.finish == "length" and generation.seconds == 51.0 and generation.prompt_seconds == 3.0
+    assert generation.generation_tps == 2 and generation.prompt_tps == pytest.approx(2 / 3)
+    short = stream(engine, tokenizer, [5, 6], Sampling(temp=1, seed=1), 2)
+    list(short)
+    assert short.generation_tps == 2 / short.seconds
+
+
 def test_stream_ends_at_max_tokens_without_feeding_the_last(tokenizer):
     engine = ToyEngine()
     generation = stream(engine, tokenizer, [5], Sampling(temp=1, seed=1), 4)
