@@ -53,7 +53,7 @@ def work(jobs: list[Job]) -> None:
         import torch.distributed as dist
 
         begin: Any = dist.init_process_group
-        dist.init_process_group = lambda backend, timeout, device_id: begin("gloo", timeout=timeout)  # type: ignore[assignment]
+        dist.init_process_group = lambda backend, device_id, **rest: begin("gloo", **rest)  # type: ignore[assignment]
     world = join_world("cpu" if jobs[0]["cpu"] else None)
     for job in jobs:
         try:

@@ -139,8 +139,11 @@ def recurrence_of(fla: bool) -> Iterator[None]:
         return
     from fla.ops.rwkv7 import chunk_rwkv7
 
-    def wkv7(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *_: object, **__: object):
-        return chunk_rwkv7(r, log_w, k, v, a, b, scale=1.0, safe_gate=True, lower_bound=-0.6065306597126334, chunk_size=64)
+    def wkv7(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None, *, scale: float,
+             min_log_w: float | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if state is not None or cu_seqlens is not None:
+            raise ValueError("the published form begins every sequence without a state")
+        return chunk_rwkv7(r, log_w, k, v, a, b, scale=scale, safe_gate=True, lower_bound=min_log_w, chunk_size=64)
 
     before, rwkv7_mixer.wkv7 = rwkv7_mixer.wkv7, wkv7
     try:

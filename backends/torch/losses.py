@@ -18,12 +18,12 @@ from radlads.backends.torch.vocabulary import GatherTokens, gathered, is_split, 
 # Label of a token that does not count, as in torch.nn.functional.cross_entropy.
 IGNORED = -100
 # Bytes of logits that exist at once on a GPU, and on a CPU, where they should stay in its cache.
-LOGITS_BYTES = {"cuda": 780 * 2**20, "cpu": 10 * 2**20}
+LOGITS_BYTES = {"cuda": 760 * 2**20, "cpu": 10 * 2**20}
 # The student's logits of this many parts of a group exist at once, the teacher's of one: fewer, longer products for the head.
-PARTS = 4
-# Whether a GPU makes a teacher's bfloat16 logits in float32, in twice their memory: their rounding is half of what rounding does
-# to a gradient, and would make up for the head's, which is rounded once for each group.
-WIDE_TEACHER = False
+PARTS = 3
+# A GPU makes the logits of a bfloat16 teacher in float32, in twice their memory: their rounding is half of what rounding does to
+# a gradient, and more than makes up for the head's, which is rounded once for each group.
+WIDE_TEACHER = True
 # Values of the gradient of hidden states in one product: few of them do not fill a GPU, and at a width of 3,584 twice as many
 # leave more of it idle at the end.
 VALUES_OF_PRODUCT = 1024 * 3584
@@ -120,7 +120,7 @@ def teacher_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def tokens_at_once(vocab: int, itemsize: int, teacher_itemsize: int, device: str) -> tuple[int, int]:
-    """Tokens whose student logits, and whose teacher logits, exist at once."""
+    """Tokens whose student logits, and whose teacher logits, exist at once; a teacher's size of 0 is of none to be made."""
     part = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]) // (vocab * (PARTS * itemsize + teacher_itemsize))
     part = max(part // 128 * 128, min(part, 128), 1)
     return PARTS * part, part
@@ -157,7 +157,7 @@ def linear_divergence(
     grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
     grad_head = torch.empty_like(head, dtype=wide if float32_head_grad else None) if need_head else head.new_empty(0)
     other = teacher_dtype(hidden)
-    many, few = tokens_at_once(V, hidden.element_size(), other.itemsize, hidden.device.type)
+    many, few = tokens_at_once(V, hidden.element_size(), other.itemsize if kind == "dense" else 0, hidden.device.type)
     # Rows begin at multiples of 128 bytes, with at least one spare column.
     width = (V // 64 + 1) * 64
     student = hidden.new_empty(min(n, many), width)

@@ -181,7 +181,7 @@ def test_adapters_and_many_rows_take_the_modules(monkeypatch) -> None:
     assert not layer_step.step_has_kernels(model, 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_steps_equal_the_modules(monkeypatch) -> None:
     monkeypatch.setattr(layer_step, "MOST_ROWS", EIGHT)
     for options in STUDENTS.values():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from radlads.backends.torch import losses
@@ -175,6 +176,42 @@ def test_frozen_head_has_no_gradient_and_float32_ones_are_more_exact() -> None:
     assert relative((fine,), (wanted,)) < relative((rough,), (wanted,))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rounding_is_no_worse_than_with_all_logits_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, six groups: a float32 teacher makes up for the head's gradient, which is rounded once a group.
+
+    Drawn as in bench/kl.py; where logits are smaller, their rounding is less and the head's counts for more.
+    """
+    torch.manual_seed(0)
+    drawn = (torch.randn(*size) for size in ((768, 128), (3000, 128), (768, 128), (3000, 128)))
+    hidden, head, t_hidden, t_head = (x.to(device, torch.bfloat16) for x in drawn)
+    head, t_head = (x * 1.2 * 128**-0.5 for x in (head, t_head))
+    labels, teacher = torch.zeros(768, dtype=torch.long, device=device), TeacherHead(t_hidden, t_head)
+    inputs, exact_inputs = [hidden.requires_grad_(), head.requires_grad_()], [x.double() for x in (hidden, head)]
+    wanted = torch.autograd.grad(exact_dense(*exact_inputs, teacher, labels), exact_inputs)
+    target = (t_hidden @ t_head.T).float().log_softmax(-1)
+    all_at_once = F.kl_div((hidden @ head.T).float().log_softmax(-1), target, log_target=True, reduction="batchmean")
+    plain = relative(torch.autograd.grad(all_at_once, inputs), wanted)
+    found = {}
+    monkeypatch.setattr(losses, "tokens_at_once", lambda *_: (128, 64))
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(losses, "teacher_dtype", lambda _, dtype=dtype: dtype)
+        ours = distillation_loss(*inputs, teacher, labels)  # type: ignore[arg-type]
+        found[dtype] = relative(torch.autograd.grad(ours, inputs), wanted)
+    assert all(ours < theirs for ours, theirs in zip(found[torch.float32], plain, strict=True)), (found, plain)
+    assert found[torch.bfloat16][1] > plain[1], (found, plain)
+
+
+@pytest.mark.parametrize("vocab", [49152, 128256, 151936, 152064, 262144])
+def test_logits_stay_within_their_memory(vocab: int) -> None:
+    """Three quarters of a GiB on a GPU, whatever the vocabulary, the dtype and the teacher are, and no less than they need."""
+    assert losses.WIDE_TEACHER and losses.tokens_at_once(152064, 2, 4, "cuda") == (1536, 512)
+    for itemsize, of_teacher in ((2, 4), (2, 0), (4, 4), (4, 0)):
+        many, few = losses.tokens_at_once(vocab, itemsize, of_teacher, "cuda")
+        held = (vocab // 64 + 1) * 64 * (many * itemsize + few * of_teacher) / 2**30
+        assert many % few == 0 and few % 128 == 0 and 0.35 < held < 0.75, (many, few, held)
+
+
 def test_gradients_are_scaled_once() -> None:
     hidden, head, teacher, labels = draw()
     hidden.requires_grad_()
@@ -240,7 +277,7 @@ def test_kernels_compile_for_every_target() -> None:
     assert len(found) == 9 and not any(found.values()), found
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("top", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gpu_matches_float64(name: str, top: bool, few_rows: None) -> None:

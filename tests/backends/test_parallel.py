@@ -61,7 +61,6 @@ def test_weights_without_masters_are_rounded_alike_in_all_processes(found: dict[
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpus_train_as_one(tmp_path: Path) -> None:
     """SmolLM2's shape in float32 on two GPUs over NCCL, or in two processes on one over gloo, against one process."""
     ways = ["--layouts", "replicated,optimizer"] if torch.cuda.device_count() > 1 else ["--share", "--layouts", "replicated"]

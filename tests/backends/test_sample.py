@@ -160,7 +160,7 @@ def test_the_kernel_matches_float64_and_fits_a_gpu(word: str, interpreted: str, 
     assert json.loads(run.stdout.splitlines()[-1]) < bar
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_a_graph_writes_what_the_plain_loop_writes(tmp_path) -> None:
     assert worst(torch.float32, "cuda") < 1e-5 and worst(torch.bfloat16, "cuda") < 5e-3
     model = load_model(open_folder(tiny_teacher(tmp_path / "teacher", "llama")), device="cuda")

@@ -14,7 +14,7 @@ from radlads.runs import begin_run
 from tests.backends.test_torch_model import model_of, random_weights
 from tests.backends.test_training import TEACHER, corpus  # noqa: F401
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = pytest.mark.gpu
 EAGER = {"compile": "off", "cuda_graphs": "off"}
 STEPS = 8
 
