@@ -26,7 +26,7 @@ from radlads.backends.torch.losses import TeacherHead, TopK, distillation_loss
 
 DEVICE = "cuda"
 # Tokens of a group, tokens of a teacher's part, and whether the teacher's logits are float32.
-GROUPS = ((2048, 512, False), (1536, 512, True), (1664, 448, True), (1920, 384, True), (2048, 256, True))
+GROUPS = ((2048, 512, False), (1536, 512, True), (1664, 448, True))
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

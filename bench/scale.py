@@ -6,8 +6,9 @@ run is the trainer's own (`run_stage`), on random weights and tokens that are th
 equal: fp32 losses and gradient norms of N GPUs against 1 on the same global batch. scale: tok/s of N and 1 at the same
 micro-batch, and the share of time in communication. whole: step 2 of every layer, memory and tok/s. kill: kill -9 of a process
 at a step and in a save, then resume on N and on 1. sequence: one long sequence split over N. All with plan beside actual.
-Prints one JSON line a result, and the table last; `--table results.jsonl` prints the table of earlier results. Compiled code is
-kept where TORCHINDUCTOR_CACHE_DIR says, and N GPUs use what one has compiled. --share puts all processes on one GPU, over gloo:
+Prints one JSON line a result, and the table last; `--table results.jsonl` prints the table of earlier results. Before anything is
+timed all timed jobs are compiled at once, each on two layers by a process of its own; several GPUs are timed first, so that a run
+that is cut short knows what one GPU cannot tell. --share puts all processes on one GPU, over gloo:
 no measure of speed, but layout replicated works there as on several.
 """
 import argparse
@@ -494,13 +495,15 @@ class Bench:
         lists = self.timed_jobs() if "scale" in checks else []
         if "sequence" in checks:
             lists.append([self.long_job()])
+        if lists:
+            jobs = [job for some in lists for job in some]
+            self.compile(jobs)
+            measure(self.spread(jobs), N, keep=self.add)
         if lists and not self.given.skip_one:
-            # Shapes are dealt to the GPUs, which compile for all that follows.
+            # Shapes are dealt to the GPUs.
             dealt = [(gpu, [job for jobs in lists[gpu::N] for job in jobs]) for gpu in range(min(N, len(lists)))]
             calls = [lambda gpu=gpu, jobs=jobs: measure(jobs, 1, 0 if self.cpu else gpu, keep=self.add) for gpu, jobs in dealt]
             at_once(*calls)
-        if lists:
-            measure(self.spread([job for jobs in lists for job in jobs]), N, keep=self.add)
         untimed: list[Callable[[], None]] = [self.exact] if "equal" in checks else []
         if "kill" in checks:
             precisions = ["float32"] if self.cpu else self.given.kill.split(",")
@@ -509,6 +512,17 @@ class Bench:
             at_once(*untimed)
         if "whole" in checks:
             self.whole()
+
+    def compile(self, jobs: list[Job]) -> None:
+        """Fill the compilers' caches: every layer is compiled alike, so two of each job are enough, and all jobs go at once."""
+        began = time.perf_counter()
+        short = self.folders(jobs, check="compile", layers=2, steps=2, communication=False)
+        calls = [lambda gpu=i % self.N, job=job: measure([job], 1, 0 if self.cpu else gpu) for i, job in enumerate(short)]
+        for (found,) in at_once(*calls):
+            if "failed" in found:
+                why = f"{found['kind']} of {found['shape']} was not compiled before: {found['failed']}"
+                print(why, file=sys.stderr, flush=True)
+        print(f"compiled {len(short)} jobs after {time.perf_counter() - began:.0f} s", flush=True)
 
     def exact(self) -> None:
         """The exact jobs on one GPU and on all."""
