@@ -30,7 +30,7 @@ from radlads.backends.torch.kernels import segments
 from radlads.backends.torch.kernels.decode import wkv6_step, wkv7_step
 from radlads.backends.torch.kernels.prologue import blended, wkv6_keys, wkv7_keys
 from radlads.backends.torch.kernels.wkv6 import wkv6
-from radlads.backends.torch.kernels.wkv6_plain import plain_repeat
+from radlads.backends.torch.kernels.wkv6_plain import repeat_heads
 from radlads.backends.torch.kernels.wkv7 import wkv7
 
 BOUND = -0.6065306597126334
@@ -181,7 +181,7 @@ def prepared(op: str, fused: bool, r: Tensor, d: Tensor, k: Tensor, v: Tensor, *
     """The inputs of the recurrence, in the order of NAMES."""
     if op == "rwkv6":
         log_w, k = wkv6_keys(d, k, clamp=-5.0, balance=True, fused=fused)
-        return r, k, plain_repeat(v, r.shape[2]), log_w.to(k.dtype)
+        return r, k, repeat_heads(v, r.shape[2]), log_w.to(k.dtype)
     a, first, mix = rest
     log_w, k, removal, rate = wkv7_keys(d, k, a, "decay", fused=fused)
     return r, log_w.to(k.dtype), k, blended(v, first, mix, fused=fused), removal, rate

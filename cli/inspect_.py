@@ -76,14 +76,9 @@ class InspectResult:
         """The overview, the layers, the history and, if asked for, the tensors."""
         dims = self.dimensions
         student = self.architecture != "softmax"
-        kind = f"student, {self.architecture}{stage_text(self.stage)}" if student else "softmax attention"
         flags = _flags(self.architecture, self.mixer_options, any(mixer == "softmax" for mixer in self.mixers))
         rows = [
-            ("model", self.path),
-            ("format", f"{self.format}: {self.layout}"),
-            ("architecture", f"{self.family} {kind}"),
-            ("parameters", f"{self.parameters:,} ({self.dtype}, {size(self.weight_bytes)})"),
-            ("width", f"{dims['hidden_size']}, feed-forward {dims['intermediate_size']}, vocabulary {dims['vocab_size']:,}"),
+            *weight_rows(self, f"{self.family} "),
             ("heads", f"{dims['num_heads']} of size {dims['head_dim']}, {dims['num_kv_heads']} for keys and values"),
             *layer_rows(self.mixers),
         ]
@@ -221,6 +216,20 @@ def listings(files: dict[str, int], tensors: list[TensorRow]) -> list[Table]:
         rows = [(row.name, row.dtype, " x ".join(map(str, row.shape)), row.file) for row in tensors]
         found.append(Table(("tensor", "dtype", "shape", "file"), rows))
     return found
+
+
+def weight_rows(found: "InspectResult | BareResult", family: str = "") -> list[tuple[str, str]]:
+    """What every model's weights show; `family` is told before the architecture."""
+    dims = found.dimensions
+    student = found.architecture != "softmax"
+    kind = f"student, {found.architecture}{stage_text(found.stage)}" if student else "softmax attention"
+    return [
+        ("model", found.path),
+        ("format", f"{found.format}: {found.layout}"),
+        ("architecture", f"{family}{kind}"),
+        ("parameters", f"{found.parameters:,} ({found.dtype}, {size(found.weight_bytes)})"),
+        ("width", f"{dims['hidden_size']}, feed-forward {dims['intermediate_size']}, vocabulary {dims['vocab_size']:,}"),
+    ]
 
 
 def layer_rows(mixers: list[str]) -> list[tuple[str, str]]:

@@ -5,8 +5,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from radlads.cli.inspect_ import STORED, InspectOptions, TensorRow, file_sizes, layer_rows, listings, rank_text, stage_text
-from radlads.cli.render import Table, size
+from radlads.cli.inspect_ import STORED, InspectOptions, TensorRow, file_sizes, layer_rows, listings, rank_text, weight_rows
+from radlads.cli.render import Table
 
 MISSING = "head size, norm epsilon and rotary base are not in the file: --config names the teacher's folder or config.json"
 
@@ -31,17 +31,8 @@ class BareResult:
 
     def blocks(self) -> list[Table | str]:
         """The overview, what is missing, the file and, if asked for, the tensors."""
-        dims = self.dimensions
-        student = self.architecture != "softmax"
-        rows = [
-            ("model", self.path),
-            ("format", f"{self.format}: {self.layout}"),
-            ("architecture", f"student, {self.architecture}{stage_text(self.stage)}" if student else "softmax attention"),
-            ("parameters", f"{self.parameters:,} ({self.dtype}, {size(self.weight_bytes)})"),
-            ("width", f"{dims['hidden_size']}, feed-forward {dims['intermediate_size']}, vocabulary {dims['vocab_size']:,}"),
-            *layer_rows(self.mixers),
-            *([("ranks", rank_text(dims["ranks"]))] if student else []),
-        ]
+        ranks = [("ranks", rank_text(self.dimensions["ranks"]))] if self.architecture != "softmax" else []
+        rows = [*weight_rows(self), *layer_rows(self.mixers), *ranks]
         notices = Table(("inferred",), [(notice,) for notice in self.notices])
         return [Table(("", ""), rows), notices, *listings(self.files, self.tensors)]
 

@@ -5,16 +5,30 @@
 """
 
 import importlib
+import json
 import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def printed_by(module: str, *words: str, **env: str) -> Any:
+    """The last line that `python -m module words` prints, as JSON: a process of its own for what imports decide."""
+    run = subprocess.run(
+        [sys.executable, "-m", module, *words], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def free_port() -> int:

@@ -16,6 +16,9 @@ from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.positions import rope_depends_on_length
 
+# Tokens whose logits exist at once while they are scored or measured: those of all would not fit beside two models of a large
+# vocabulary.
+LOGITS_AT_ONCE = 1024
 # Steps before a graph is taken, in which kernels are compiled and libraries make their plans.
 WARM_UP = 2
 
@@ -57,7 +60,7 @@ class Rows:
                 x = x + self.attend(layer.self_attn, layer.input_layernorm(x), context, held, filled)
             else:
                 x = recurrent_step(layer, x, context, held, self.fused)
-            x = fed_step(layer, x[:, 0])[:, None] if self.fused else x + layer.mlp(layer.post_attention_layernorm(x))
+            x = feed_forward_step(layer, x, self.fused)
         self.seen += 1
         return decoder.norm(x)[:, 0]
 
@@ -99,6 +102,11 @@ def recurrent_step(layer: Any, x: Tensor, context: MixContext, held: LayerState,
     return x + mixed
 
 
+def feed_forward_step(layer: Any, x: Tensor, fused: bool) -> Tensor:
+    """x (B, 1, D) plus the layer's feed-forward of its norm."""
+    return fed_step(layer, x[:, 0])[:, None] if fused else x + layer.mlp(layer.post_attention_layernorm(x))
+
+
 def captured(step: Callable[[], None], rows: Rows, generator: torch.Generator) -> Callable[[], None]:
     """`step` as a CUDA graph where that can be, itself elsewhere; it takes and leaves everything in tensors that stay.
 
@@ -124,6 +132,11 @@ def captured(step: Callable[[], None], rows: Rows, generator: torch.Generator) -
 def logits_of(model: Model, hidden: Tensor) -> Tensor:
     """Logits (B, V) float32 of hidden states (B, D)."""
     return F.linear(hidden, model.head).float()
+
+
+def log_probabilities(model: Model, hidden: Tensor) -> Tensor:
+    """log p (n, V) float32 after hidden states (n, D): n is at most LOGITS_AT_ONCE where there are many."""
+    return logits_of(model, hidden).log_softmax(-1)
 
 
 def draw(logits: Tensor, temp: float, generator: torch.Generator) -> Tensor:

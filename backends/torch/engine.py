@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from radlads.backends.torch.adapters import apply_adapter, initial_state
+from radlads.backends.torch.decode import LOGITS_AT_ONCE, log_probabilities, logits_of
 from radlads.backends.torch.load import load_model
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.seats import TorchSeats, TorchState
@@ -18,8 +18,8 @@ from radlads.errors import fail
 from radlads.folder import ModelFolder
 from radlads.spec import ModelSpec
 
-# Tokens of one forward pass while scoring, and those of them whose logits exist at once.
-SCORED_AT_ONCE, LOGITS_AT_ONCE = 16384, 1024
+# Tokens of one forward pass while scoring.
+SCORED_AT_ONCE = 16384
 
 
 class TorchEngine:
@@ -50,7 +50,7 @@ class TorchEngine:
     def feed(self, state: TorchState, tokens: Sequence[int]) -> tuple[npt.NDArray[np.float32], TorchState]:
         """Logits (V,) after the last of `tokens`, and the new state."""
         hidden, model_state = self.model.model(torch.tensor([list(tokens)], device=self.device), state.model)
-        logits = F.linear(hidden[0, -1], self.model.head).float().cpu().numpy()
+        logits = logits_of(self.model, hidden[0, -1]).cpu().numpy()
         return logits, TorchState(model_state, state.position + len(tokens))
 
     @torch.inference_mode()
@@ -71,7 +71,7 @@ class TorchEngine:
         )
         joint = ModelState(layers, torch.cat([state.model.seen for state in states]))
         hidden, joint = self.model.model(torch.tensor(tokens, device=self.device)[:, None], joint)
-        logits = F.linear(hidden[:, -1], self.model.head).float().cpu().numpy()
+        logits = logits_of(self.model, hidden[:, -1]).cpu().numpy()
         after = []
         for row, state in enumerate(states):
             # In memory of its own: a view would keep the states of all the others alive.
@@ -106,7 +106,7 @@ class TorchEngine:
         """Log-probability of each token `wanted` (n,) after the hidden states (n, D), and whether it is the likeliest."""
         logprobs, likeliest = [], []
         for rows, ids in zip(hidden.split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE), strict=True):
-            log_p = F.linear(rows, self.model.head).float().log_softmax(-1)
+            log_p = log_probabilities(self.model, rows)
             logprobs.append(log_p.gather(1, ids[:, None])[:, 0])
             likeliest.append(log_p.argmax(-1) == ids)
         return torch.cat(logprobs).cpu().numpy(), torch.cat(likeliest).cpu().numpy()

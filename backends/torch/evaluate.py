@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radlads.backends.torch.decode import LOGITS_AT_ONCE, log_probabilities
 from radlads.backends.torch.load import load_model
 from radlads.backends.torch.losses import IGNORED
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.objectives import unpack
 from radlads.folder import ModelFolder
 
-# Sequences per forward pass while measuring, and tokens whose logits exist at once: those of all would not fit beside two
-# models of a large vocabulary.
-ROWS, LOGITS_AT_ONCE = 16, 1024
+# Sequences per forward pass while measuring.
+ROWS = 16
 # Points of the curve of KL by position, at most; each stands for an equal stretch of the context.
 POSITIONS = 1024
 
@@ -47,11 +47,6 @@ def compare(model: Model, samples: Tensor, teacher: Model | None = None) -> Comp
         judged = [judge(wanted, *map(log_probabilities, models, hidden)) for wanted, *hidden in zip(*parts, strict=True)]
         found.append(tuple(torch.cat(values).view_as(labels).cpu() for values in zip(*judged, strict=True)))
     return Compared(*map(torch.cat, zip(*found, strict=True)))
-
-
-def log_probabilities(model: Model, hidden: Tensor) -> Tensor:
-    """log p (n, V) in float32 after the hidden states (n, D) of a model."""
-    return F.linear(hidden, model.head).float().log_softmax(-1)
 
 
 def judge(labels: Tensor, log_p: Tensor, target: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -116,11 +116,6 @@ def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """S.4: (B, T, Hkv, N) to (B, T, heads, N)."""
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
-
-
 class Projections(nn.Module):
     """q, k, v, o with the teacher's biases and per-head norms (S.1, S.2), under the teacher's names or others."""
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from radlads.backends.torch.decode import empty_states, logits_of, recurrent_step
-from radlads.backends.torch.layer_step import fed_step, step_has_kernels
+from radlads.backends.torch.decode import empty_states, feed_forward_step, logits_of, recurrent_step
+from radlads.backends.torch.layer_step import step_has_kernels
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.state import MixContext, ModelState
 
@@ -71,6 +71,6 @@ class TorchSeats:
         fused = self.fused[len(seats)]
         for layer, held in zip(layers, self.layers, strict=True):
             x = recurrent_step(layer, x, context, held, fused)
-            x = fed_step(layer, x[:, 0])[:, None] if fused else x + layer.mlp(layer.post_attention_layernorm(x))
+            x = feed_forward_step(layer, x, fused)
         self.seen[slots] += 1
         return logits_of(self.model, decoder.norm(x)[:, 0]).cpu().numpy()

@@ -5,7 +5,6 @@ the program those processes run: `python -m tests.backends.test_kernels_triton i
 """
 import inspect
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from radlads.backends.torch.kernels import decode, segments, wkv6_triton, wkv7_centred, wkv7_triton
 from radlads.backends.torch.kernels import wkv6 as wkv6_module
 from radlads.backends.torch.kernels import wkv7 as wkv7_module
+from tests.processes import printed_by
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOAT32_BAR, BFLOAT16_BAR = 1e-5, 5e-3
 
 # name: recurrence, (B, T, H, N), value heads, lowest log-decay, bound told to the op, packed offsets, initial state
@@ -246,10 +245,7 @@ def stack_bytes(cubin: bytes | None) -> int | None:
 
 def child(*words: str, **env: str) -> object:
     pytest.importorskip("triton")
-    run = subprocess.run([sys.executable, "-m", "tests.backends.test_kernels_triton", *words], cwd=ROOT, text=True,
-                         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=600)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return printed_by(__name__, *words, **env)
 
 
 @pytest.mark.parametrize("name", CASES)

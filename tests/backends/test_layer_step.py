@@ -5,10 +5,7 @@ Interpreted and compiled in processes of their own: `python -m tests.backends.te
 
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,8 @@ from radlads.backends.torch.engine import TorchEngine
 from radlads.backends.torch.model import Model
 from radlads.backends.torch.seats import TorchSeats
 from radlads.spec import ModelSpec
+from tests.processes import printed_by
 
-ROOT = Path(__file__).resolve().parents[2]
 EIGHT = {"softmax": 8, "rwkv7": 8, "rwkv6": 8}
 
 
@@ -139,12 +136,7 @@ def compile_kernels() -> None:
 
 def child(word: str, interpreted: str) -> object:
     pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.backends.test_layer_step", word], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpreted}, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return printed_by(__name__, word, TRITON_INTERPRET=interpreted)
 
 
 def test_interpreted_steps_equal_the_modules() -> None:

@@ -4,11 +4,8 @@ Interpreted and compiled in processes of their own: `python -m tests.backends.te
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,8 @@ from radlads.backends.torch.kernels import prologue
 from radlads.oracle import oracle_logits
 from tests.backends.test_kernels_triton import BFLOAT16_BAR, FLOAT32_BAR, recurrence
 from tests.backends.test_torch_model import SPECS, model_of, random_weights
+from tests.processes import printed_by
 
-ROOT = Path(__file__).resolve().parents[2]
 # name: (B, T, H, Hkv, N), options of wkv7_raw or wkv6_raw
 CASES = {
     "decay": ((2, 20, 4, 2, 16), {"form": "decay", "scale": 0.5}),
@@ -215,12 +212,7 @@ def compile_kernels() -> None:
 
 def child(word: str, interpreted: str = "1") -> object:
     pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.backends.test_prologue", word], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpreted}, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return printed_by(__name__, word, TRITON_INTERPRET=interpreted)
 
 
 def test_interpreted_kernels_match_float64() -> None:

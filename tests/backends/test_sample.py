@@ -4,12 +4,9 @@ The kernel is interpreted and compiled in processes of their own: `python -m tes
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import repeat
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +21,7 @@ from radlads.backends.torch.model import Model
 from radlads.folder import open_folder
 from radlads.weights_tools.surgery import make_student
 from tests.models import tiny_teacher
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import printed_by
 
 
 @pytest.fixture(scope="module", params=["softmax", "rwkv7", "rwkv6 and softmax"])
@@ -148,16 +144,7 @@ def compile_kernel() -> None:
 @pytest.mark.parametrize("word, interpreted, bar", [("interpret", "1", 1e-6), ("compile", "0", 163 * 1024)])
 def test_the_kernel_matches_float64_and_fits_a_gpu(word: str, interpreted: str, bar: float) -> None:
     pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.backends.test_sample", word],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": interpreted},
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) < bar
+    assert printed_by(__name__, word, TRITON_INTERPRET=interpreted) < bar
 
 
 @pytest.mark.gpu

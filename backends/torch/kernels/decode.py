@@ -96,19 +96,25 @@ def wkv_step_plain(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor | N
 
 
 @triton.jit
+def place_of(slots, item, pool, HAS_SLOTS: tl.constexpr):
+    """Where the state of a row lies in a pool, and whether there is one: a row that fills the batch has none."""
+    slot = tl.cast(item, tl.int64)
+    if HAS_SLOTS:
+        slot = tl.load(slots + item).to(tl.int64)
+    return slot, (slot >= 0) & (slot < pool)
+
+
+@triton.jit
 def wkv_step_kernel(r, log_w, k, v, a, b, state, slots, out, H, pool, scale, N: tl.constexpr, BK: tl.constexpr,
                     BV: tl.constexpr, REMOVE: tl.constexpr, HAS_SLOTS: tl.constexpr):
     val = tl.program_id(0) * BV + tl.arange(0, BV)
     h = tl.program_id(1)
     item = tl.program_id(2)
-    slot = item
+    slot, known = place_of(slots, item, pool, HAS_SLOTS)
     col = tl.arange(0, BK)
-    inside = (val[:, None] < N) & (col[None, :] < N)
-    if HAS_SLOTS:
-        slot = tl.load(slots + item)
-        inside = inside & (slot >= 0) & (slot < pool)
+    inside = (val[:, None] < N) & (col[None, :] < N) & known
     here = (item * H + h) * N
-    cell = state + (tl.cast(slot, tl.int64) * H + h) * N * N + val[:, None] * N + col[None, :]
+    cell = state + (slot * H + h) * N * N + val[:, None] * N + col[None, :]
     old = tl.load(cell, mask=inside, other=0.0)
     decay = tl.exp(tl.load(log_w + here + col, mask=col < N, other=0.0).to(tl.float32))
     kk = tl.load(k + here + col, mask=col < N, other=0.0).to(tl.float32)
@@ -122,5 +128,5 @@ def wkv_step_kernel(r, log_w, k, v, a, b, state, slots, out, H, pool, scale, N: 
     rr = tl.load(r + here + col, mask=col < N, other=0.0).to(tl.float32)
     o = tl.sum(new * rr[None, :], 1) * scale
     if HAS_SLOTS:
-        o = tl.where((slot >= 0) & (slot < pool), o, tl.where(slot == -1, 0.0, float("nan")))
+        o = tl.where(known, o, tl.where(slot == -1, 0.0, float("nan")))
     tl.store(out + here + val, o.to(out.dtype.element_ty), mask=val < N)

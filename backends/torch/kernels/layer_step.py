@@ -3,6 +3,7 @@
 A matrix times a few vectors is bound by the matrix's bytes, and a layer by its launches: what lies between two matrices is done
 in the kernel of the one before or after. What goes into a matrix has the model's dtype, what comes out of one float32.
 """
+from radlads.backends.torch.kernels.decode import place_of
 from radlads.backends.torch.kernels.lang import tl, triton
 
 
@@ -122,6 +123,18 @@ def project_kernel(x, gain, wq, bq, wk, bk, wv, bv, w1, a1, v1, g1, qkv, low, co
 
 
 @triton.jit
+def low_product(low, weight, col, rank, C: tl.constexpr, COLS: tl.constexpr, BR: tl.constexpr):
+    """(COLS,) float32: low (rank,) times the columns of weight (rank, C)."""
+    acc = tl.zeros((BR, COLS), tl.float32)
+    for first in range(0, rank, BR):
+        r = first + tl.arange(0, BR)
+        xx = tl.load(low + r, mask=r < rank, other=0.0)
+        ww = tl.load(weight + r[:, None] * C + col[None, :], mask=(r[:, None] < rank) & (col[None, :] < C), other=0.0)
+        acc += xx[:, None] * ww.to(tl.float32)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
 def expand_kernel(low, w0, w2, a0, a2, g2, v0, v2, parts, count, C: tl.constexpr, RW: tl.constexpr, RA: tl.constexpr,
                   RV: tl.constexpr, RG: tl.constexpr, COLS: tl.constexpr, BR: tl.constexpr):
     """parts (4, count, C): the log-decay over its bound, the in-context rate, the gate, the share of the first layer's values."""
@@ -146,25 +159,10 @@ def expand_kernel(low, w0, w2, a0, a2, g2, v0, v2, parts, count, C: tl.constexpr
         base = v0
         rank = RV
         start = RW + RA + RG
-    acc = tl.zeros((BR, COLS), tl.float32)
-    for first in range(0, rank, BR):
-        r = first + tl.arange(0, BR)
-        xx = tl.load(low + item * (RW + RA + RG + RV) + start + r, mask=r < rank, other=0.0)
-        ww = tl.load(weight + r[:, None] * C + col[None, :], mask=(r[:, None] < rank) & (col[None, :] < C), other=0.0)
-        acc += xx[:, None] * ww.to(tl.float32)
-    out = tl.sum(acc, 0)
+    out = low_product(low + item * (RW + RA + RG + RV) + start, weight, col, rank, C, COLS, BR)
     if kind != 2:
         out = tl.sigmoid(out + tl.load(base + col, mask=col < C, other=0.0).to(tl.float32))
     tl.store(parts + (kind * count + item) * C + col, out, mask=col < C)
-
-
-@triton.jit
-def place_of(slots, item, pool, HAS_SLOTS: tl.constexpr):
-    """Where the state of a row lies in a pool, and whether there is one: a row that fills the batch has none."""
-    slot = tl.cast(item, tl.int64)
-    if HAS_SLOTS:
-        slot = tl.load(slots + item).to(tl.int64)
-    return slot, (slot >= 0) & (slot < pool)
 
 
 @triton.jit

@@ -2,8 +2,10 @@
 
 x (count, K) is what the layer's norm takes; each row's last normed input and its state lie in slots of a pool, as in decode.py.
 """
+from radlads.backends.torch.kernels.decode import place_of
 from radlads.backends.torch.kernels.lang import tl, triton
-from radlads.backends.torch.kernels.layer_step import place_of, rotated, rows_product
+from radlads.backends.torch.kernels.layer_step import low_product, rotated, rows_product
+from radlads.backends.torch.kernels.prologue_triton import one_minus_exp
 
 
 @triton.jit
@@ -60,13 +62,8 @@ def shift_kernel(x, gain, shift, slots, low, weight, maa_r, maa_k, maa_v, maa_w,
             base = maa_w
         elif i == 4:
             base = maa_g
-        acc = tl.zeros((BR, COLS), tl.float32)
-        for first in range(0, R, BR):
-            r = first + tl.arange(0, BR)
-            xx = tl.load(low + (item * 5 + i) * R + r, mask=r < R, other=0.0)
-            ww = tl.load(weight + (i * R + r[:, None]) * K + col[None, :], mask=(r[:, None] < R) & seen[None, :], other=0.0)
-            acc += xx[:, None] * ww.to(tl.float32)
-        share = tl.sum(acc, 0) + tl.load(base + col, mask=seen, other=0.0).to(tl.float32)
+        share = low_product(low + (item * 5 + i) * R, weight + i * R * K, col, R, K, COLS, BR)
+        share += tl.load(base + col, mask=seen, other=0.0).to(tl.float32)
         tl.store(mixes + (i * count + item) * K + col, (here + delta * share).to(mixes.dtype.element_ty), mask=seen)
 
 
@@ -122,21 +119,8 @@ def decay_kernel(low, base, weight, log_w, clamp, C: tl.constexpr, R: tl.constex
     """log_w (count, C) of 6.4."""
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     item = tl.program_id(1)
-    acc = tl.zeros((BR, COLS), tl.float32)
-    for first in range(0, R, BR):
-        r = first + tl.arange(0, BR)
-        xx = tl.load(low + item * R + r, mask=r < R, other=0.0)
-        ww = tl.load(weight + r[:, None] * C + col[None, :], mask=(r[:, None] < R) & (col[None, :] < C), other=0.0)
-        acc += xx[:, None] * ww.to(tl.float32)
-    d = tl.sum(acc, 0) + tl.load(base + col, mask=col < C, other=0.0).to(tl.float32)
+    d = low_product(low + item * R, weight, col, R, C, COLS, BR) + tl.load(base + col, mask=col < C, other=0.0).to(tl.float32)
     tl.store(log_w + item * C + col, tl.maximum(-tl.exp(d), clamp), mask=col < C)
-
-
-@triton.jit
-def lost_share(log_w):
-    """1 - exp(log_w), also where log_w is small beside 1."""
-    series = 1.0 + log_w / 2.0 * (1.0 + log_w / 3.0 * (1.0 + log_w / 4.0 * (1.0 + log_w / 5.0 * (1.0 + log_w / 6.0))))
-    return tl.where(log_w > -0.25, -log_w * series, 1.0 - tl.exp(log_w))
 
 
 @triton.jit
@@ -161,7 +145,7 @@ def mix6_kernel(qkvg, log_w, cos, sin, state, slots, out, pool, scale, H: tl.con
     mine = item * C + h * N
     decay = tl.load(log_w + mine + col, mask=seen, other=0.0)
     if BALANCE:
-        k *= lost_share(decay)
+        k *= one_minus_exp(decay)
     inside = (val[:, None] < N) & seen[None, :] & known
     cell = state + (slot * H + h) * N * N + val[:, None] * N + col[None, :]
     new = tl.load(cell, mask=inside, other=0.0) * tl.exp(decay)[None, :] + v[:, None] * k[None, :]

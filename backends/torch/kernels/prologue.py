@@ -19,7 +19,7 @@ from radlads.backends.torch.kernels.prologue_triton import (
     keys7_kernel,
 )
 from radlads.backends.torch.kernels.wkv6 import wkv6
-from radlads.backends.torch.kernels.wkv6_plain import plain_repeat
+from radlads.backends.torch.kernels.wkv6_plain import repeat_heads
 from radlads.backends.torch.kernels.wkv7 import wkv7
 
 # Whether the mixers take the kernels; off until measured on a card: the compiler fuses most of the plain forms too.
@@ -45,7 +45,7 @@ def wkv6_raw(q: Tensor, d: Tensor, k: Tensor, v: Tensor, state: Tensor | None = 
     prologue_check(q, k, v, d=d, gate=gate)
     fused = prologue_has_kernel(k)
     log_w, k = wkv6_keys(d, k, clamp=clamp, balance=balance, fused=fused)
-    out, final = wkv6(q, k, plain_repeat(v, k.shape[2]), log_w.to(k.dtype), state, scale=scale, min_log_w=clamp,
+    out, final = wkv6(q, k, repeat_heads(v, k.shape[2]), log_w.to(k.dtype), state, scale=scale, min_log_w=clamp,
                       cu_seqlens=cu_seqlens)
     return out if gate is None else blended(None, out, gate, fused=fused), final
 
@@ -85,7 +85,7 @@ def wkv6_keys(d: Tensor, k: Tensor, *, clamp: float | None, balance: bool, fused
     if clamp is not None:
         log_w = log_w.clamp(min=clamp)
     if balance:
-        k = plain_repeat(k, d.shape[2])
+        k = repeat_heads(k, d.shape[2])
         k = (k * -torch.expm1(log_w)).to(k.dtype)  # 1 - w without cancellation
     return log_w, k
 
@@ -107,7 +107,7 @@ def wkv7_keys(d: Tensor, k: Tensor, a: Tensor, form: str, k_k: Tensor | None = N
     heads, d = d.shape[2:], d.flatten(2).float()
     log_w = (RWKV7_MIN_LOG_W * torch.sigmoid(d)).unflatten(-1, heads)
     a = torch.sigmoid(a.flatten(2)).unflatten(-1, heads)
-    k = plain_repeat(k, heads[0])
+    k = repeat_heads(k, heads[0])
     if k_k is not None and k_a is not None:
         kappa = unit(k * k_k.view(k.shape[2:]))
         key_scale = 1 + (a - 1) * k_a.view(k.shape[2:])
@@ -122,9 +122,9 @@ def blended(x: Tensor | None, y: Tensor, share: Tensor, *, fused: bool) -> Tenso
     """7.5 and logistic gates: x + (y - x) sigmoid(share), where no x is 0; x, y (B, T, Hkv, N) repeated to share's heads."""
     if fused:
         return blend_op(x, y, share)
-    y = plain_repeat(y, share.shape[2])
+    y = repeat_heads(y, share.shape[2])
     share = torch.sigmoid(share)
-    return y * share if x is None else torch.lerp(plain_repeat(x, share.shape[2]), y, share)
+    return y * share if x is None else torch.lerp(repeat_heads(x, share.shape[2]), y, share)
 
 
 def unit(k: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def plain_compute(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def plain_repeat(x: Tensor, heads: int) -> Tensor:
-    """(B, T, Hkv, N) to (B, T, heads, N): key/value head j serves heads j*g ... j*g+g-1."""
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """S.4: (B, T, Hkv, N) to (B, T, heads, N): key/value head j serves heads j*g ... j*g+g-1."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
@@ -72,7 +72,7 @@ def wkv6_plain(
     B, T, H, N = q.shape
     dtype = v.dtype
     q, log_w = plain_compute(q) * scale, plain_compute(log_w).clamp(min=PLAIN_MIN_LOG_W)
-    k, v = plain_compute(plain_repeat(k, H)), plain_compute(plain_repeat(v, H))
+    k, v = plain_compute(repeat_heads(k, H)), plain_compute(repeat_heads(v, H))
     state = q.new_zeros(B, H, N, N) if state is None else state.to(q.dtype)
     if T == 1:
         q1, k1, v1, w1 = (x[:, 0] for x in (q, k, v, log_w))

@@ -15,8 +15,8 @@ from radlads.backends.torch.kernels.wkv6_plain import (
     plain_compute,
     plain_decays,
     plain_packed,
-    plain_repeat,
     plain_unchunk,
+    repeat_heads,
 )
 
 
@@ -63,7 +63,7 @@ def wkv7_plain(
     dtype = v.dtype
     log_w = plain_compute(log_w).clamp(min=PLAIN_MIN_LOG_W)
     r, k, a, b = (plain_compute(x) for x in (r, k, a, b))
-    v = plain_compute(plain_repeat(v, H))
+    v = plain_compute(repeat_heads(v, H))
     if scale != 1.0:
         r = r * scale
     state = r.new_zeros(B, H, N, N) if state is None else state.to(r.dtype)

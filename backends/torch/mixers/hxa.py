@@ -5,8 +5,9 @@ from torch import Tensor
 
 from radlads.backends.torch.kernels.decode import wkv7_step
 from radlads.backends.torch.kernels.prologue import RWKV7_MIN_LOG_W, mixer_is_fused, wkv7_keys
+from radlads.backends.torch.kernels.wkv6_plain import repeat_heads
 from radlads.backends.torch.kernels.wkv7 import wkv7
-from radlads.backends.torch.layers import Projections, declare, repeat_heads
+from radlads.backends.torch.layers import Projections, declare
 from radlads.backends.torch.state import LayerState, MixContext
 from radlads.mixers.hxa import HXA_FORMS, HXA_NAMES
 from radlads.spec import ModelSpec

@@ -6,6 +6,7 @@ from torch import Tensor
 from radlads.backends.torch.kernels.decode import wkv6_step
 from radlads.backends.torch.kernels.prologue import mixer_is_fused, wkv6_keys
 from radlads.backends.torch.kernels.wkv6 import wkv6
+from radlads.backends.torch.kernels.wkv6_plain import repeat_heads
 from radlads.backends.torch.layers import (
     HeadNorm,
     Projections,
@@ -14,7 +15,6 @@ from radlads.backends.torch.layers import (
     gate_of,
     gated,
     products,
-    repeat_heads,
     with_base,
 )
 from radlads.backends.torch.state import LayerState, MixContext

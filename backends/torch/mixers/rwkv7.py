@@ -5,6 +5,7 @@ from torch import Tensor
 
 from radlads.backends.torch.kernels.decode import wkv7_step
 from radlads.backends.torch.kernels.prologue import RWKV7_MIN_LOG_W, blended, mixer_is_fused, wkv7_keys
+from radlads.backends.torch.kernels.wkv6_plain import repeat_heads
 from radlads.backends.torch.kernels.wkv7 import wkv7
 from radlads.backends.torch.layers import (
     HeadNorm,
@@ -13,7 +14,6 @@ from radlads.backends.torch.layers import (
     declare_gate,
     gate_of,
     gated,
-    repeat_heads,
     with_base,
 )
 from radlads.backends.torch.state import LayerState, MixContext
